@@ -1,0 +1,186 @@
+//! The model's sizes, checked once, and the presets.
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+
+/// The vocabulary rows are padded to a multiple of this; padded logits never take part in the softmax.
+pub const VOCAB_PADDING: usize = 64;
+
+/// Sizes no honest model exceeds. They bound what a file's header can make us allocate.
+const MAX_CHANNELS: usize = 1 << 16;
+const MAX_LAYERS: usize = 1 << 10;
+const MAX_SEQ_LEN: usize = 1 << 20;
+/// Token files hold 16-bit tokens.
+const MAX_VOCAB: usize = 1 << 16;
+
+/// The sizes of one GPT-2 model. Letters as in the field: C, L, NH, T, V, Vp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GptConfig {
+    /// C: width of the residual stream.
+    pub channels: usize,
+    /// L: transformer blocks.
+    pub num_layers: usize,
+    /// NH: attention heads; divides C.
+    pub num_heads: usize,
+    /// T: the longest sequence the position embedding knows.
+    pub max_seq_len: usize,
+    /// V: tokens that exist.
+    pub vocab_size: usize,
+    /// Vp: rows of the token embedding, V padded; the rows from V on are zero.
+    pub padded_vocab_size: usize,
+    /// Bandwidth of FC1 (C -> 4C) in outputs; 0 is dense.
+    pub fc1_bandwidth: usize,
+    /// Bandwidth of FC2 (4C -> C) in inputs; 0 is dense.
+    pub fc2_bandwidth: usize,
+}
+
+impl GptConfig {
+    /// W: width of the MLP, 4C.
+    pub fn mlp_width(&self) -> usize {
+        4 * self.channels
+    }
+
+    /// HS: channels of one attention head, C / NH.
+    pub fn head_size(&self) -> usize {
+        self.channels / self.num_heads
+    }
+
+    /// Returns the configuration when all sizes fit each other.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] naming the first size that does not fit.
+    pub fn checked(self) -> Result<Self> {
+        let GptConfig { channels, num_layers, num_heads, max_seq_len, vocab_size, padded_vocab_size, .. } = self;
+        let in_range = |name: &str, value: usize, most: usize| {
+            if value == 0 || value > most {
+                return Err(Error::usage(format!("{name} is {value}, but must lie between 1 and {most}")));
+            }
+            Ok(())
+        };
+        in_range("the number of channels C", channels, MAX_CHANNELS)?;
+        in_range("the number of layers L", num_layers, MAX_LAYERS)?;
+        in_range("the number of heads NH", num_heads, MAX_CHANNELS)?;
+        in_range("the longest sequence T", max_seq_len, MAX_SEQ_LEN)?;
+        in_range("the vocabulary size V", vocab_size, MAX_VOCAB)?;
+        if !channels.is_multiple_of(num_heads) {
+            return Err(Error::usage(format!(
+                "C = {channels} channels cannot be shared equally by NH = {num_heads} heads; choose NH that divides C"
+            )));
+        }
+        if padded_vocab_size < vocab_size || padded_vocab_size > MAX_VOCAB + VOCAB_PADDING {
+            return Err(Error::usage(format!(
+                "the padded vocabulary Vp = {padded_vocab_size} must be at least V = {vocab_size} and at most {}",
+                MAX_VOCAB + VOCAB_PADDING
+            )));
+        }
+        Ok(self)
+    }
+}
+
+/// Pads a vocabulary size to the next multiple of [`VOCAB_PADDING`].
+pub fn padded_vocab(vocab_size: usize) -> usize {
+    vocab_size.next_multiple_of(VOCAB_PADDING)
+}
+
+/// A named model with the training defaults that suit it.
+#[derive(Debug, Clone, Copy)]
+pub struct Preset {
+    /// The name given to `--preset`.
+    pub name: &'static str,
+    /// The model's sizes.
+    pub model: GptConfig,
+    /// B: sequences per batch.
+    pub batch_size: usize,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Learning rate at its peak.
+    pub learning_rate: f32,
+    /// Steps between validations.
+    pub val_every: usize,
+    /// Steps between samples.
+    pub sample_every: usize,
+}
+
+const fn gpt(channels: usize, num_layers: usize, num_heads: usize, max_seq_len: usize, vocab_size: usize) -> GptConfig {
+    GptConfig {
+        channels,
+        num_layers,
+        num_heads,
+        max_seq_len,
+        vocab_size,
+        padded_vocab_size: vocab_size.next_multiple_of(VOCAB_PADDING),
+        fc1_bandwidth: 0,
+        fc2_bandwidth: 0,
+    }
+}
+
+/// Tokens of GPT-2's BPE, the end-of-text token included.
+pub const GPT2_VOCAB: usize = 50257;
+/// Tokens of the byte tokenizer: 256 bytes and the end-of-text token.
+pub const BYTES_VOCAB: usize = 257;
+
+const fn standard(name: &'static str, model: GptConfig, batch_size: usize) -> Preset {
+    Preset { name, model, batch_size, steps: 3000, learning_rate: 3e-4, val_every: 100, sample_every: 500 }
+}
+
+/// Every preset, smallest first. `tinystories-51m` is the experiment's model; `toy` shows the band without being asked.
+pub const PRESETS: [Preset; 7] = [
+    Preset {
+        name: "toy",
+        model: GptConfig { fc1_bandwidth: 256, ..gpt(128, 4, 4, 128, BYTES_VOCAB) },
+        batch_size: 16,
+        steps: 300,
+        learning_rate: 2e-3,
+        val_every: 50,
+        sample_every: 100,
+    },
+    standard("tinystories-7m", gpt(128, 4, 4, 256, GPT2_VOCAB), 16),
+    standard("tinystories-51m", gpt(512, 8, 8, 512, GPT2_VOCAB), 16),
+    standard("gpt2", gpt(768, 12, 12, 1024, GPT2_VOCAB), 4),
+    standard("gpt2-medium", gpt(1024, 24, 16, 1024, GPT2_VOCAB), 4),
+    standard("gpt2-large", gpt(1280, 36, 20, 1024, GPT2_VOCAB), 4),
+    standard("gpt2-xl", gpt(1600, 48, 25, 1024, GPT2_VOCAB), 4),
+];
+
+/// Finds a preset by name.
+///
+/// # Errors
+/// [`Error::Usage`] listing the names there are.
+pub fn preset(name: &str) -> Result<Preset> {
+    PRESETS.iter().copied().find(|preset| preset.name == name).ok_or_else(|| {
+        let names: Vec<_> = PRESETS.iter().map(|preset| preset.name).collect();
+        Error::usage(format!("there is no preset '{name}'; choose one of {}", names.join(", ")))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_preset_is_valid() {
+        for preset in PRESETS {
+            preset.model.checked().unwrap();
+        }
+    }
+
+    #[test]
+    fn heads_must_divide_channels() {
+        let error = GptConfig { num_heads: 5, ..PRESETS[0].model }.checked().unwrap_err();
+        assert!(error.to_string().contains("choose NH that divides C"), "{error}");
+    }
+
+    #[test]
+    fn zero_and_absurd_sizes_are_refused() {
+        for broken in [
+            GptConfig { channels: 0, ..PRESETS[0].model },
+            GptConfig { num_layers: 1 << 30, ..PRESETS[0].model },
+            GptConfig { max_seq_len: 0, ..PRESETS[0].model },
+            GptConfig { vocab_size: 1 << 20, ..PRESETS[0].model },
+            GptConfig { padded_vocab_size: 1, ..PRESETS[0].model },
+        ] {
+            assert!(broken.checked().is_err(), "{broken:?}");
+        }
+    }
+}

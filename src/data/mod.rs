@@ -1,0 +1,1 @@
+//! From text to batches: tokenizers, token files, the loader, TinyStories and the built-in toy corpus.

@@ -1,0 +1,6 @@
+//! Trains, evaluates and samples GPT-2 language models whose MLP layers are banded.
+pub mod config;
+pub mod data;
+pub mod error;
+
+pub use error::{Error, Result};
