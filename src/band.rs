@@ -1,0 +1,491 @@
+//! The band: which connections of an MLP layer exist, and how their weights lie in memory.
+//!
+//! A band joins a narrow axis i in [0, N) with a wide axis j in [0, W), W >= N. The connection (j, i) exists exactly when
+//! |j - i*W/N| <= bandwidth/2, a closed interval in real arithmetic; multiplied by 2N it is decided in integers:
+//! 2 * |j*N - i*W| <= bandwidth * N. FC1 (N -> W) and FC2 (W -> N) use the same band, one the other transposed.
+//!
+//! Weights lie packed by wide row. A *panel* is [`PANEL_ROWS`] consecutive wide rows times the window of narrow columns
+//! that any of these rows touches, the window's start and width rounded to [`ALIGN`] columns so that every panel row
+//! starts at a 16-byte boundary (8 bf16 or 4 f32) and holds whole steps of an MMA's depth (16). Slots of a window outside
+//! the exact band hold 0.0 at all times. This module is the only place that knows the geometry: backends receive
+//! [`Band::table`] as a buffer.
+
+use crate::error::{Error, Result};
+use std::fmt::Write;
+use std::ops::Range;
+
+/// Wide rows of one panel.
+pub const PANEL_ROWS: usize = 64;
+/// Windows start at, and are as wide as, a multiple of this many narrow columns.
+pub const ALIGN: usize = 16;
+/// Narrow columns of one tile of the contraction (see [`Band::column_tiles`]).
+pub const COLUMN_TILE: usize = 64;
+
+/// The largest axis; products of two axes and a bandwidth then stay far inside 64 bits.
+const MAX_AXIS: usize = 1 << 20;
+
+/// One panel of packed weights: rows [row_start, row_start + rows) x columns [col_start, col_start + cols).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Panel {
+    /// First wide row.
+    pub row_start: usize,
+    /// Wide rows; [`PANEL_ROWS`] but for the last panel.
+    pub rows: usize,
+    /// First narrow column of the window, a multiple of [`ALIGN`].
+    pub col_start: usize,
+    /// Width of the window and the panel's row stride, a multiple of [`ALIGN`]. The window may reach beyond N, where its
+    /// slots are zero; 0 when no row of the panel has a connection.
+    pub cols: usize,
+    /// Where the panel starts in the packed buffer, in elements.
+    pub offset: usize,
+}
+
+impl Panel {
+    /// Wide rows of the panel.
+    pub fn row_range(&self) -> Range<usize> {
+        self.row_start..self.row_start + self.rows
+    }
+
+    /// Elements the panel takes in the packed buffer.
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether the panel holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Columns of the window that exist, the padding beyond `narrow` left out.
+    pub fn real_cols(&self, narrow: usize) -> usize {
+        self.cols.min(narrow - self.col_start.min(narrow))
+    }
+}
+
+/// Which way round a dense weight matrix lies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dense {
+    /// FC1: [W, N], output j by input i.
+    WideByNarrow,
+    /// FC2: [N, W], output i by input j.
+    NarrowByWide,
+}
+
+/// A band between a narrow axis of N and a wide axis of W elements, with its panels.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Band {
+    narrow: usize,
+    wide: usize,
+    bandwidth: usize,
+    rows: Vec<Range<usize>>,
+    panels: Vec<Panel>,
+}
+
+impl Band {
+    /// The band of `bandwidth` wide elements between `narrow` = N and `wide` = W.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the bandwidth is 0 (that means dense, which is no band), an axis is empty or longer than
+    /// 2^20, or W < N.
+    pub fn new(narrow: usize, wide: usize, bandwidth: usize) -> Result<Self> {
+        if bandwidth == 0 {
+            return Err(Error::usage("a band needs a bandwidth of at least 1; bandwidth 0 means a dense layer"));
+        }
+        if narrow == 0 || wide < narrow || wide > MAX_AXIS {
+            return Err(Error::usage(format!(
+                "a band needs 1 <= N <= W <= {MAX_AXIS}, but N (narrow) is {narrow} and W (wide) is {wide}"
+            )));
+        }
+        // Anything from 2W on keeps everything; clamping keeps the arithmetic small without changing the band.
+        let reach = bandwidth.min(2 * wide) as i64;
+        let rows: Vec<_> = (0..wide).map(|j| columns_of_row(j as i64, narrow as i64, wide as i64, reach)).collect();
+        let panels = panels(&rows);
+        Ok(Self { narrow, wide, bandwidth, rows, panels })
+    }
+
+    /// N, the narrow axis.
+    pub fn narrow(&self) -> usize {
+        self.narrow
+    }
+
+    /// W, the wide axis.
+    pub fn wide(&self) -> usize {
+        self.wide
+    }
+
+    /// The bandwidth, in wide elements, as given.
+    pub fn bandwidth(&self) -> usize {
+        self.bandwidth
+    }
+
+    /// Whether wide element j and narrow element i are connected.
+    pub fn contains(&self, j: usize, i: usize) -> bool {
+        j < self.wide && self.rows[j].contains(&i)
+    }
+
+    /// Narrow elements connected to wide element j.
+    pub fn row(&self, j: usize) -> Range<usize> {
+        self.rows[j].clone()
+    }
+
+    /// Wide elements connected to narrow element i.
+    pub fn column(&self, i: usize) -> Range<usize> {
+        let (i, n, w) = (i as i64, self.narrow as i64, self.wide as i64);
+        let reach = self.bandwidth.min(2 * self.wide) as i64;
+        // |j - i*W/N| <= reach/2  <=>  (2iW - reach*N) / 2N <= j <= (2iW + reach*N) / 2N
+        interval(div_ceil(2 * i * w - reach * n, 2 * n), (2 * i * w + reach * n).div_euclid(2 * n), w)
+    }
+
+    /// The panels, by ascending wide row.
+    pub fn panels(&self) -> &[Panel] {
+        &self.panels
+    }
+
+    /// Elements of the packed buffer, window padding included.
+    pub fn packed_len(&self) -> usize {
+        self.panels.last().map_or(0, |panel| panel.offset + panel.len())
+    }
+
+    /// Connections that exist.
+    pub fn count(&self) -> usize {
+        self.rows.iter().map(Range::len).sum()
+    }
+
+    /// Share of the dense layer's connections that exist, 0..=1.
+    pub fn density(&self) -> f64 {
+        self.count() as f64 / (self.narrow * self.wide) as f64
+    }
+
+    /// Whether the band keeps every connection.
+    pub fn cuts_nothing(&self) -> bool {
+        self.count() == self.narrow * self.wide
+    }
+
+    /// For each tile of [`COLUMN_TILE`] narrow columns, the range of panels whose windows touch it: what a contraction
+    /// onto that tile has to visit.
+    pub fn column_tiles(&self) -> Vec<Range<usize>> {
+        (0..self.narrow)
+            .step_by(COLUMN_TILE)
+            .map(|start| {
+                let end = (start + COLUMN_TILE).min(self.narrow);
+                let touches = |p: &Panel| !p.is_empty() && p.col_start < end && p.col_start + p.cols > start;
+                let first = self.panels.iter().position(touches).unwrap_or(0);
+                let last = self.panels.iter().rposition(touches).map_or(first, |last| last + 1);
+                first..last
+            })
+            .collect()
+    }
+
+    /// The (row j, column i) that packed slot `slot` of `panel` means; `None` for a slot outside the exact band.
+    pub fn slot(&self, panel: &Panel, slot: usize) -> Option<(usize, usize)> {
+        let (j, i) = (panel.row_start + slot / panel.cols, panel.col_start + slot % panel.cols);
+        self.rows[j].contains(&i).then_some((j, i))
+    }
+
+    /// The whole geometry as one buffer of 32-bit words for the kernels:
+    ///
+    /// | words | meaning |
+    /// |---|---|
+    /// | 0..8 | N, W, panels, [`PANEL_ROWS`], column tiles, [`COLUMN_TILE`], offset of the rows, offset of the tiles |
+    /// | 8.. | per panel: row_start, rows, col_start, cols, offset |
+    /// | rows.. | per wide row: first column, end column of the exact band |
+    /// | tiles.. | per column tile: first panel, end panel |
+    pub fn table(&self) -> Vec<u32> {
+        let tiles = self.column_tiles();
+        let rows_at = 8 + 5 * self.panels.len();
+        let tiles_at = rows_at + 2 * self.wide;
+        let header =
+            [self.narrow, self.wide, self.panels.len(), PANEL_ROWS, tiles.len(), COLUMN_TILE, rows_at, tiles_at];
+        let panels = self.panels.iter().flat_map(|p| [p.row_start, p.rows, p.col_start, p.cols, p.offset]);
+        let ranges = self.rows.iter().chain(&tiles).flat_map(|range| [range.start, range.end]);
+        header.into_iter().chain(panels).chain(ranges).map(|word| word as u32).collect()
+    }
+
+    /// Packs a dense matrix, dropping what lies outside the band.
+    ///
+    /// # Panics
+    /// When `dense` does not hold N*W and `packed` not [`Band::packed_len`] elements: a fault of the caller.
+    pub fn pack<T: Copy + Default>(&self, dense: &[T], layout: Dense, packed: &mut [T]) {
+        assert_eq!((dense.len(), packed.len()), (self.narrow * self.wide, self.packed_len()));
+        for panel in &self.panels {
+            for (slot, value) in packed[panel.offset..][..panel.len()].iter_mut().enumerate() {
+                *value = match self.slot(panel, slot) {
+                    Some((j, i)) => dense[self.dense_index(layout, j, i)],
+                    None => T::default(),
+                };
+            }
+        }
+    }
+
+    /// Unpacks into a dense matrix; connections outside the band become 0.
+    ///
+    /// # Panics
+    /// As [`Band::pack`].
+    pub fn unpack<T: Copy + Default>(&self, packed: &[T], layout: Dense, dense: &mut [T]) {
+        assert_eq!((dense.len(), packed.len()), (self.narrow * self.wide, self.packed_len()));
+        dense.fill(T::default());
+        for panel in &self.panels {
+            for (slot, value) in packed[panel.offset..][..panel.len()].iter().enumerate() {
+                if let Some((j, i)) = self.slot(panel, slot) {
+                    dense[self.dense_index(layout, j, i)] = *value;
+                }
+            }
+        }
+    }
+
+    fn dense_index(&self, layout: Dense, j: usize, i: usize) -> usize {
+        match layout {
+            Dense::WideByNarrow => j * self.narrow + i,
+            Dense::NarrowByWide => i * self.wide + j,
+        }
+    }
+
+    /// The band drawn with characters, at most `width` columns: the narrow axis runs right, the wide axis down. A cell is
+    /// `#` when all of it is kept, `+` when a part is, `.` when none is.
+    pub fn ascii(&self, width: usize) -> String {
+        let across = width.clamp(1, self.narrow);
+        // A character is about twice as high as wide, and W/N times as many rows would not fit a screen.
+        let down = (across / 2).clamp(1, self.wide);
+        let mut picture = String::with_capacity((across + 1) * down);
+        for y in 0..down {
+            for x in 0..across {
+                let (kept, all) = self.count_in(cell(y, down, self.wide), cell(x, across, self.narrow));
+                picture.push(if kept == 0 {
+                    '.'
+                } else if kept == all {
+                    '#'
+                } else {
+                    '+'
+                });
+            }
+            picture.push('\n');
+        }
+        picture
+    }
+
+    /// The band as an SVG picture, one polygon along the exact ranges; light and dark pages both suit it.
+    pub fn svg(&self) -> String {
+        let (n, w) = (self.narrow, self.wide);
+        let height = 320.0;
+        let (sx, sy) = (height / n as f64, height / w as f64);
+        let mut path = String::new();
+        for (j, row) in self.rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
+            let (x, y) = (row.start as f64 * sx, j as f64 * sy);
+            // Writing to a String cannot fail.
+            let _ = write!(path, "M{x:.3} {y:.3}h{:.3}v{sy:.3}H{x:.3}z", row.len() as f64 * sx);
+        }
+        let title =
+            format!("N={n} W={w} bandwidth {}: {:.2} % of the connections", self.bandwidth, 100.0 * self.density());
+        format!(
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"-24 -24 368 368\" width=\"368\" height=\"368\" \
+             font-family=\"sans-serif\" font-size=\"12\"><title>{title}</title>\
+             <rect width=\"320\" height=\"320\" fill=\"#8884\"/><path d=\"{path}\" fill=\"#2b7de9\"/>\
+             <text x=\"0\" y=\"-8\" fill=\"#888\">narrow axis i, {n}</text>\
+             <text x=\"-8\" y=\"0\" fill=\"#888\" transform=\"rotate(90 -8 0)\">wide axis j, {w}</text></svg>\n"
+        )
+    }
+
+    /// Connections kept, and connections there are, in a rectangle.
+    fn count_in(&self, rows: Range<usize>, cols: Range<usize>) -> (usize, usize) {
+        let all = rows.len() * cols.len();
+        let kept =
+            rows.map(|j| self.rows[j].end.min(cols.end).saturating_sub(self.rows[j].start.max(cols.start))).sum();
+        (kept, all)
+    }
+}
+
+/// Part `index` of `parts` of an axis.
+fn cell(index: usize, parts: usize, axis: usize) -> Range<usize> {
+    index * axis / parts..(index + 1) * axis / parts
+}
+
+/// Narrow elements of wide element j: (2jN - reach*N) / 2W <= i <= (2jN + reach*N) / 2W.
+fn columns_of_row(j: i64, n: i64, w: i64, reach: i64) -> Range<usize> {
+    interval(div_ceil(2 * j * n - reach * n, 2 * w), (2 * j * n + reach * n).div_euclid(2 * w), n)
+}
+
+/// The closed interval [first, last] cut to [0, axis), as a range; empty ranges start where they would lie.
+fn interval(first: i64, last: i64, axis: i64) -> Range<usize> {
+    let start = first.clamp(0, axis);
+    let end = (last + 1).clamp(start, axis);
+    start as usize..end as usize
+}
+
+/// Division rounded towards positive infinity, for a positive divisor.
+fn div_ceil(a: i64, b: i64) -> i64 {
+    -(-a).div_euclid(b)
+}
+
+/// Cuts the wide axis into panels and finds each panel's window.
+fn panels(rows: &[Range<usize>]) -> Vec<Panel> {
+    let mut offset = 0;
+    rows.chunks(PANEL_ROWS)
+        .enumerate()
+        .map(|(index, chunk)| {
+            let touched = chunk.iter().filter(|row| !row.is_empty());
+            let start = touched.clone().map(|row| row.start).min().unwrap_or(0) / ALIGN * ALIGN;
+            let end = touched.map(|row| row.end).max().unwrap_or(0).next_multiple_of(ALIGN);
+            let panel = Panel {
+                row_start: index * PANEL_ROWS,
+                rows: chunk.len(),
+                col_start: start,
+                cols: end.saturating_sub(start),
+                offset,
+            };
+            offset += panel.len();
+            panel
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// The definition, in exact rational arithmetic: |j*N - i*W| * 2 <= bandwidth * N.
+    fn connected(n: usize, w: usize, bandwidth: usize, j: usize, i: usize) -> bool {
+        2 * ((j * n) as i128 - (i * w) as i128).abs() <= (bandwidth * n) as i128
+    }
+
+    #[test]
+    fn counts_at_512_are_the_designs() {
+        for (bandwidth, count) in [(1024, 459_136), (512, 246_208), (256, 127_456)] {
+            assert_eq!(Band::new(512, 2048, bandwidth).unwrap().count(), count);
+        }
+        assert!((Band::new(512, 2048, 2048).unwrap().density() - 0.7502).abs() < 5e-5);
+    }
+
+    #[test]
+    fn packed_memory_is_at_most_1_15_times_the_band() {
+        let band = Band::new(512, 2048, 1024).unwrap();
+        let ratio = band.packed_len() as f64 / band.count() as f64;
+        assert!(ratio <= 1.15, "{ratio}");
+    }
+
+    #[test]
+    fn windows_are_aligned_for_sixteen_byte_loads() {
+        let band = Band::new(512, 2048, 512).unwrap();
+        for panel in band.panels() {
+            assert!(panel.col_start % ALIGN == 0 && panel.cols % ALIGN == 0 && panel.offset % ALIGN == 0);
+        }
+    }
+
+    #[test]
+    fn a_bandwidth_of_one_connects_the_diagonal_only() {
+        let band = Band::new(8, 32, 1).unwrap();
+        for j in 0..32 {
+            assert_eq!(band.row(j).len(), usize::from(j % 4 == 0), "row {j}");
+        }
+    }
+
+    #[test]
+    fn a_huge_bandwidth_keeps_everything() {
+        let band = Band::new(7, 9, usize::MAX).unwrap();
+        assert!(band.cuts_nothing());
+        assert_eq!(band.column(3), 0..9);
+    }
+
+    #[test]
+    fn what_is_no_band_is_refused() {
+        for (n, w, bandwidth) in [(4, 16, 0), (0, 4, 1), (8, 7, 1), (4, MAX_AXIS + 1, 1)] {
+            assert!(Band::new(n, w, bandwidth).is_err(), "{n} {w} {bandwidth}");
+        }
+    }
+
+    #[test]
+    fn pictures_show_the_diagonal() {
+        let band = Band::new(16, 64, 8).unwrap();
+        let picture = band.ascii(16);
+        assert_eq!(picture.lines().count(), 8);
+        assert!(picture.lines().next().unwrap().starts_with('+'), "{picture}");
+        assert!(picture.lines().next().unwrap().ends_with('.'), "{picture}");
+        assert!(band.svg().contains("<path d=\"M0.000 0.000h"));
+    }
+
+    proptest! {
+        #[test]
+        fn ranges_equal_the_formula(n in 1usize..40, extra in 0usize..120, bandwidth in 1usize..300) {
+            let w = n + extra;
+            let band = Band::new(n, w, bandwidth).unwrap();
+            let mut count = 0;
+            for j in 0..w {
+                for i in 0..n {
+                    let expected = connected(n, w, bandwidth, j, i);
+                    count += usize::from(expected);
+                    prop_assert_eq!(band.contains(j, i), expected, "row {} column {}", j, i);
+                    prop_assert_eq!(band.column(i).contains(&j), expected, "column range of {}, row {}", i, j);
+                }
+            }
+            prop_assert_eq!(band.count(), count);
+        }
+
+        #[test]
+        fn packed_slots_cover_the_band_once(n in 1usize..70, extra in 0usize..200, bandwidth in 1usize..300) {
+            let w = n + extra;
+            let band = Band::new(n, w, bandwidth).unwrap();
+            let mut seen = vec![0; n * w];
+            for panel in band.panels() {
+                for slot in 0..panel.len() {
+                    if let Some((j, i)) = band.slot(panel, slot) {
+                        seen[j * n + i] += 1;
+                    }
+                }
+            }
+            for j in 0..w {
+                for i in 0..n {
+                    prop_assert_eq!(seen[j * n + i], usize::from(connected(n, w, bandwidth, j, i)));
+                }
+            }
+        }
+
+        #[test]
+        fn packing_and_unpacking_masks_and_nothing_else(n in 1usize..40, extra in 0usize..90, bandwidth in 1usize..200) {
+            let w = n + extra;
+            let band = Band::new(n, w, bandwidth).unwrap();
+            let dense: Vec<f32> = (1..=n * w).map(|k| k as f32).collect();
+            let mut packed = vec![f32::NAN; band.packed_len()];
+            for (layout, at) in [
+                (Dense::WideByNarrow, (|_, n, j, i| j * n + i) as fn(usize, usize, usize, usize) -> usize),
+                (Dense::NarrowByWide, |w, _, j, i| i * w + j),
+            ] {
+                band.pack(&dense, layout, &mut packed);
+                let mut back = vec![f32::NAN; n * w];
+                band.unpack(&packed, layout, &mut back);
+                for j in 0..w {
+                    for i in 0..n {
+                        let k = at(w, n, j, i);
+                        let expected = if connected(n, w, bandwidth, j, i) { dense[k] } else { 0.0 };
+                        prop_assert_eq!(back[k], expected);
+                    }
+                }
+                let mut again = vec![f32::NAN; band.packed_len()];
+                band.pack(&back, layout, &mut again);
+                prop_assert_eq!(&again, &packed);
+            }
+        }
+
+        #[test]
+        fn the_table_tells_the_same_as_the_band(n in 1usize..200, extra in 0usize..300, bandwidth in 1usize..400) {
+            let band = Band::new(n, n + extra, bandwidth).unwrap();
+            let table: Vec<usize> = band.table().into_iter().map(|word| word as usize).collect();
+            prop_assert_eq!(&table[..3], &[n, n + extra, band.panels().len()]);
+            for (words, panel) in table[8..].chunks(5).zip(band.panels()) {
+                prop_assert_eq!(words, &[panel.row_start, panel.rows, panel.col_start, panel.cols, panel.offset]);
+            }
+            for j in 0..band.wide() {
+                prop_assert_eq!(table[table[6] + 2 * j]..table[table[6] + 2 * j + 1], band.row(j));
+            }
+            for (t, panels) in band.column_tiles().into_iter().enumerate() {
+                prop_assert_eq!(table[table[7] + 2 * t]..table[table[7] + 2 * t + 1], panels.clone());
+                let columns = t * COLUMN_TILE..((t + 1) * COLUMN_TILE).min(n);
+                for (p, panel) in band.panels().iter().enumerate().filter(|(p, _)| !panels.contains(p)) {
+                    for j in panel.row_range() {
+                        let row = band.row(j);
+                        prop_assert!(row.end.min(columns.end) <= row.start.max(columns.start), "panel {} tile {}", p, t);
+                    }
+                }
+            }
+        }
+    }
+}
