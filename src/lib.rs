@@ -3,5 +3,7 @@ pub mod band;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod shapes;
+pub mod weights;
 
 pub use error::{Error, Result};

@@ -1,0 +1,382 @@
+//! The shape tables: every parameter and every activation of a model, with its size and its place.
+//!
+//! Parameters lie in one flat buffer in checkpoint order (llm.c's), gradients and moments in others of the same layout.
+//! The same tables drive allocation, checkpoints and the memory estimate, so these cannot disagree.
+
+use crate::band::{Band, Dense};
+use crate::config::GptConfig;
+use crate::error::Result;
+
+/// Tensors start at multiples of this many elements: 256 bytes of f32, the strictest alignment a GPU binding asks for.
+pub const TENSOR_ALIGN: usize = 64;
+
+/// `len` elements of a flat buffer, from `offset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// First element.
+    pub offset: usize,
+    /// Elements.
+    pub len: usize,
+}
+
+impl Span {
+    /// The span as an index range.
+    pub fn range(self) -> std::ops::Range<usize> {
+        self.offset..self.offset + self.len
+    }
+}
+
+/// The kinds of parameter tensors, in checkpoint order, under llm.c's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)] // shapes and meaning: Param::shape
+pub enum Param {
+    Wte,
+    Wpe,
+    Ln1w,
+    Ln1b,
+    Qkvw,
+    Qkvb,
+    Attprojw,
+    Attprojb,
+    Ln2w,
+    Ln2b,
+    Fcw,
+    Fcb,
+    Fcprojw,
+    Fcprojb,
+    Lnfw,
+    Lnfb,
+}
+
+impl Param {
+    /// All kinds, in checkpoint order.
+    pub const ALL: [Param; 16] = [
+        Param::Wte,
+        Param::Wpe,
+        Param::Ln1w,
+        Param::Ln1b,
+        Param::Qkvw,
+        Param::Qkvb,
+        Param::Attprojw,
+        Param::Attprojb,
+        Param::Ln2w,
+        Param::Ln2b,
+        Param::Fcw,
+        Param::Fcb,
+        Param::Fcprojw,
+        Param::Fcprojb,
+        Param::Lnfw,
+        Param::Lnfb,
+    ];
+
+    /// llm.c's name of the tensor.
+    pub fn name(self) -> &'static str {
+        match self {
+            Param::Wte => "wte",
+            Param::Wpe => "wpe",
+            Param::Ln1w => "ln1w",
+            Param::Ln1b => "ln1b",
+            Param::Qkvw => "qkvw",
+            Param::Qkvb => "qkvb",
+            Param::Attprojw => "attprojw",
+            Param::Attprojb => "attprojb",
+            Param::Ln2w => "ln2w",
+            Param::Ln2b => "ln2b",
+            Param::Fcw => "fcw",
+            Param::Fcb => "fcb",
+            Param::Fcprojw => "fcprojw",
+            Param::Fcprojb => "fcprojb",
+            Param::Lnfw => "lnfw",
+            Param::Lnfb => "lnfb",
+        }
+    }
+
+    /// Whether every layer has its own.
+    pub fn per_layer(self) -> bool {
+        !matches!(self, Param::Wte | Param::Wpe | Param::Lnfw | Param::Lnfb)
+    }
+
+    /// Whether it is a matrix: only these decay, and only these start random.
+    pub fn is_matrix(self) -> bool {
+        use Param::*;
+        matches!(self, Wte | Wpe | Qkvw | Attprojw | Fcw | Fcprojw)
+    }
+
+    /// The dense shape of one layer's tensor: [rows, columns], or [length] with one row.
+    pub fn shape(self, config: &GptConfig) -> (usize, usize) {
+        let (c, w) = (config.channels, config.mlp_width());
+        match self {
+            Param::Wte => (config.padded_vocab_size, c),
+            Param::Wpe => (config.max_seq_len, c),
+            Param::Qkvw => (3 * c, c),
+            Param::Qkvb => (1, 3 * c),
+            Param::Attprojw => (c, c),
+            Param::Fcw => (w, c),
+            Param::Fcb => (1, w),
+            Param::Fcprojw => (c, w),
+            _ => (1, c),
+        }
+    }
+}
+
+/// One tensor of the flat parameter buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tensor {
+    /// Its kind.
+    pub param: Param,
+    /// Its layer; 0 for the tensors that exist once.
+    pub layer: usize,
+    /// Its place; packed length for a banded tensor.
+    pub span: Span,
+    /// How the dense matrix lies when the tensor is packed in a band; `None` when it is stored dense.
+    pub packed: Option<Dense>,
+}
+
+/// Where every parameter of a model lies.
+#[derive(Debug, Clone)]
+pub struct ParamTable {
+    tensors: Vec<Tensor>,
+    first: [usize; 16],
+    len: usize,
+    fc1: Option<Band>,
+    fc2: Option<Band>,
+}
+
+impl ParamTable {
+    /// Lays out the parameters of `config`.
+    ///
+    /// # Errors
+    /// Sizes that do not fit each other, see [`GptConfig::checked`].
+    pub fn new(config: &GptConfig) -> Result<Self> {
+        let config = config.checked()?;
+        let band = |bandwidth| match bandwidth {
+            0 => Ok(None),
+            _ => Band::new(config.channels, config.mlp_width(), bandwidth).map(Some),
+        };
+        let mut table = Self {
+            tensors: Vec::new(),
+            first: [0; 16],
+            len: 0,
+            fc1: band(config.fc1_bandwidth)?,
+            fc2: band(config.fc2_bandwidth)?,
+        };
+        for param in Param::ALL {
+            table.first[param as usize] = table.tensors.len();
+            for layer in 0..if param.per_layer() { config.num_layers } else { 1 } {
+                table.push(param, layer, &config);
+            }
+        }
+        Ok(table)
+    }
+
+    fn push(&mut self, param: Param, layer: usize, config: &GptConfig) {
+        let (rows, cols) = param.shape(config);
+        let (len, packed) = match self.band(param) {
+            Some((band, layout)) => (band.packed_len(), Some(layout)),
+            None => (rows * cols, None),
+        };
+        self.tensors.push(Tensor { param, layer, span: Span { offset: self.len, len }, packed });
+        self.len = (self.len + len).next_multiple_of(TENSOR_ALIGN);
+    }
+
+    /// Every tensor, in checkpoint order.
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// Elements of the flat buffer, alignment gaps included.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are no parameters (there always are).
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The tensor of a kind and layer (0 for the kinds that exist once).
+    pub fn tensor(&self, param: Param, layer: usize) -> Tensor {
+        self.tensors[self.first[param as usize] + layer]
+    }
+
+    /// Where the tensor of a kind and layer lies.
+    pub fn span(&self, param: Param, layer: usize) -> Span {
+        self.tensor(param, layer).span
+    }
+
+    /// FC1's band, `None` when dense.
+    pub fn fc1(&self) -> Option<&Band> {
+        self.fc1.as_ref()
+    }
+
+    /// FC2's band, `None` when dense.
+    pub fn fc2(&self) -> Option<&Band> {
+        self.fc2.as_ref()
+    }
+
+    /// The band a kind of tensor is packed in, with the way its dense matrix lies.
+    pub fn band(&self, param: Param) -> Option<(&Band, Dense)> {
+        match param {
+            Param::Fcw => self.fc1().map(|band| (band, Dense::WideByNarrow)),
+            Param::Fcprojw => self.fc2().map(|band| (band, Dense::NarrowByWide)),
+            _ => None,
+        }
+    }
+
+    /// The spans whose weights decay: the matrices.
+    pub fn decayed(&self) -> Vec<Span> {
+        self.tensors.iter().filter(|tensor| tensor.param.is_matrix()).map(|tensor| tensor.span).collect()
+    }
+
+    /// Weights that exist: exact band counts, no padding of any kind.
+    pub fn count(&self, config: &GptConfig) -> usize {
+        let size = |tensor: &Tensor| match (tensor.param, self.band(tensor.param)) {
+            (_, Some((band, _))) => band.count(),
+            (Param::Wte, None) => config.vocab_size * config.channels,
+            (param, None) => param.shape(config).0 * param.shape(config).1,
+        };
+        self.tensors.iter().map(size).sum()
+    }
+}
+
+/// One activation buffer of a training step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Activation {
+    /// Its name, as `info` prints it.
+    pub name: &'static str,
+    /// Whether every layer keeps its own for the backward pass.
+    pub per_layer: bool,
+    /// Elements of one.
+    pub len: usize,
+    /// Whether it holds statistics that stay fp32 in every precision.
+    pub statistic: bool,
+}
+
+/// The kinds of activation buffers; [`Act::describe`] has their shapes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // shapes and meaning: Act::describe
+pub enum Act {
+    Embedded,
+    Ln1,
+    Ln1Mean,
+    Ln1Rstd,
+    Qkv,
+    Attention,
+    LogSumExp,
+    ResidualMid,
+    Ln2,
+    Ln2Mean,
+    Ln2Rstd,
+    PreGelu,
+    Gelu,
+    ResidualOut,
+    Lnf,
+    LnfMean,
+    LnfRstd,
+    Branch,
+    Losses,
+    DResidual,
+    DLayerNorm,
+    DAttention,
+    DQkv,
+    DPreGelu,
+}
+
+impl Act {
+    /// The buffers of the forward pass.
+    pub const FORWARD: [Act; 19] = [
+        Act::Embedded,
+        Act::Ln1,
+        Act::Ln1Mean,
+        Act::Ln1Rstd,
+        Act::Qkv,
+        Act::Attention,
+        Act::LogSumExp,
+        Act::ResidualMid,
+        Act::Ln2,
+        Act::Ln2Mean,
+        Act::Ln2Rstd,
+        Act::PreGelu,
+        Act::Gelu,
+        Act::ResidualOut,
+        Act::Lnf,
+        Act::LnfMean,
+        Act::LnfRstd,
+        Act::Branch,
+        Act::Losses,
+    ];
+    /// What the backward pass needs besides; shared by all layers.
+    pub const BACKWARD: [Act; 5] = [Act::DResidual, Act::DLayerNorm, Act::DAttention, Act::DQkv, Act::DPreGelu];
+
+    /// Name, shape and kind for a batch of B sequences of T tokens.
+    pub fn describe(self, config: &GptConfig, b: usize, t: usize) -> Activation {
+        let (c, w, nh) = (config.channels, config.mlp_width(), config.num_heads);
+        let layer = |name, len| Activation { name, per_layer: true, len, statistic: false };
+        let once = |name, len| Activation { name, per_layer: false, len, statistic: false };
+        let statistic = |activation| Activation { statistic: true, ..activation };
+        match self {
+            Act::Embedded => once("embedded", b * t * c),
+            Act::Ln1 => layer("ln1", b * t * c),
+            Act::Ln1Mean => statistic(layer("ln1_mean", b * t)),
+            Act::Ln1Rstd => statistic(layer("ln1_rstd", b * t)),
+            Act::Qkv => layer("qkv", b * t * 3 * c),
+            Act::Attention => layer("attention", b * t * c),
+            Act::LogSumExp => statistic(layer("log_sum_exp", b * nh * t)),
+            Act::ResidualMid => layer("residual_mid", b * t * c),
+            Act::Ln2 => layer("ln2", b * t * c),
+            Act::Ln2Mean => statistic(layer("ln2_mean", b * t)),
+            Act::Ln2Rstd => statistic(layer("ln2_rstd", b * t)),
+            Act::PreGelu => layer("pre_gelu", b * t * w),
+            Act::Gelu => layer("gelu", b * t * w),
+            Act::ResidualOut => layer("residual_out", b * t * c),
+            Act::Lnf => once("lnf", b * t * c),
+            Act::LnfMean => statistic(once("lnf_mean", b * t)),
+            Act::LnfRstd => statistic(once("lnf_rstd", b * t)),
+            Act::Branch => once("branch", b * t * c),
+            Act::Losses => statistic(once("losses", b * t)),
+            Act::DResidual => once("d_residual", b * t * c),
+            Act::DLayerNorm => once("d_layernorm", b * t * c),
+            Act::DAttention => once("d_attention", b * t * c),
+            Act::DQkv => once("d_qkv", b * t * 3 * c),
+            Act::DPreGelu => once("d_pre_gelu", b * t * w),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{PRESETS, preset};
+
+    #[test]
+    fn the_experiments_model_has_its_published_size() {
+        let config = preset("tinystories-51m").unwrap().model;
+        let table = ParamTable::new(&config).unwrap();
+        // 51,237,888 values with the padded vocabulary rows (47 rows of 512).
+        assert_eq!(table.count(&config), 51_237_888 - 47 * 512);
+    }
+
+    #[test]
+    fn tensors_follow_each_other_aligned_and_in_order() {
+        for preset in PRESETS {
+            let table = ParamTable::new(&GptConfig { fc2_bandwidth: 33, ..preset.model }).unwrap();
+            let mut end = 0;
+            for tensor in table.tensors() {
+                assert_eq!(tensor.span.offset % TENSOR_ALIGN, 0);
+                assert_eq!(tensor.span.offset, end);
+                end = (tensor.span.offset + tensor.span.len).next_multiple_of(TENSOR_ALIGN);
+                assert_eq!(table.tensor(tensor.param, tensor.layer), *tensor);
+            }
+            assert_eq!(table.len(), end);
+        }
+    }
+
+    #[test]
+    fn a_band_shrinks_the_buffer() {
+        let dense = preset("tinystories-51m").unwrap().model;
+        let banded = GptConfig { fc1_bandwidth: 1024, fc2_bandwidth: 512, ..dense };
+        let (dense_len, banded_len) = (ParamTable::new(&dense).unwrap().len(), ParamTable::new(&banded).unwrap().len());
+        let saved = 8.0 * 1_048_576.0 * ((1.0 - 1.15 * 0.43787) + (1.0 - 1.25 * 0.2348));
+        assert!((dense_len - banded_len) as f64 >= saved, "{} < {saved}", dense_len - banded_len);
+    }
+}
