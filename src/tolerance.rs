@@ -1,0 +1,149 @@
+//! How far two computations of the same thing may differ: the one place where tolerances come from.
+//!
+//! A sum of n products in precision u (unit round-off) has, with overwhelming probability, a relative error below
+//! lambda * sqrt(n) * u against the sum of absolute values (Higham & Mary 2019, "A new approach to probabilistic rounding
+//! error analysis"). Errors of a chain of operations add. [`Tolerance`] carries that number; [`compare`] holds each
+//! element against it, scaled with the element and with the tensor's root mean square (a cancelled sum keeps the error of
+//! its terms), and names the worst one.
+
+use crate::config::GptConfig;
+
+/// Unit round-off of f32.
+pub const UNIT_F32: f64 = f32::EPSILON as f64 / 2.0;
+
+/// lambda: with 4, one sum in 10^3 or less would exceed its bound if roundings were normally distributed.
+const LAMBDA: f64 = 4.0;
+
+/// A relative tolerance with its derivation already done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Tolerance(pub f64);
+
+impl Tolerance {
+    /// The tolerance of a chain of sums of these lengths, in precision `unit`.
+    pub fn of_sums(unit: f64, lengths: impl IntoIterator<Item = usize>) -> Self {
+        Self(LAMBDA * unit * lengths.into_iter().map(|n| (n as f64).sqrt()).sum::<f64>())
+    }
+
+    /// The tolerance of a model's forward pass over sequences of T tokens: every layer's five products and two
+    /// LayerNorms, and the head.
+    pub fn of_forward(unit: f64, config: &GptConfig, t: usize) -> Self {
+        Self::of_sums(unit, forward_sums(config, t))
+    }
+
+    /// The tolerance of a parameter's gradient for M = `rows` tokens in sequences of T: the forward pass, the way back
+    /// (each product's input gradient), and the parameter's own sum over the rows.
+    pub fn of_gradient(unit: f64, config: &GptConfig, t: usize, rows: usize) -> Self {
+        let there = forward_sums(config, t);
+        let back = forward_sums(config, t).into_iter().chain([config.vocab_size]);
+        Self::of_sums(unit, there.into_iter().chain(back).chain([rows]))
+    }
+
+    /// How far AdamW may carry a parameter in `steps` steps of `learning_rate` when its gradients err by `dg`, the first
+    /// of them being `g1`.
+    ///
+    /// The second moment's root at step t is at least |g1| / sqrt(t) (for beta2 near 1), so one update of lr * m / sqrt(v)
+    /// errs by at most 2.5 * lr * dg * sqrt(t) / |g1|: the quotient's two partial derivatives, with |m| / sqrt(v) <= 1.5.
+    /// No update can be off by more than 3 lr, twice that bound.
+    pub fn of_adamw(learning_rate: f64, steps: usize, g1: f64, dg: f64) -> f64 {
+        let update = |t: usize| (2.5 * dg * (t as f64).sqrt() / g1.abs().max(f64::MIN_POSITIVE)).min(3.0);
+        learning_rate * (1..=steps).map(update).sum::<f64>()
+    }
+}
+
+/// Lengths of the sums a forward pass consists of.
+fn forward_sums(config: &GptConfig, t: usize) -> Vec<usize> {
+    let (c, w, hs) = (config.channels, config.mlp_width(), config.head_size());
+    let layer = [c, c, hs, t, c, c, c, w];
+    std::iter::repeat_n(layer, config.num_layers).flatten().chain([c, c]).collect()
+}
+
+/// The element that comes nearest to, or goes furthest beyond, its tolerance.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Worst {
+    /// Its index.
+    pub index: usize,
+    /// What was computed.
+    pub actual: f64,
+    /// What was expected.
+    pub expected: f64,
+    /// How far they may differ.
+    pub allowed: f64,
+}
+
+impl Worst {
+    /// Error over tolerance: at most 1 when all is well.
+    pub fn ratio(&self) -> f64 {
+        let error = (self.actual - self.expected).abs();
+        if error == 0.0 {
+            0.0
+        } else if error.is_nan() {
+            f64::INFINITY
+        } else {
+            error / self.allowed
+        }
+    }
+}
+
+impl std::fmt::Display for Worst {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Worst { index, actual, expected, allowed } = self;
+        write!(
+            f,
+            "element {index}: {actual:e} where {expected:e} was expected, {:.2} of the tolerance {allowed:e}",
+            self.ratio()
+        )
+    }
+}
+
+/// The worst element of `actual` against `expected`, with a tolerance for each.
+///
+/// # Panics
+/// When the lengths differ: a fault of the caller.
+pub fn worst(actual: &[f32], expected: &[f32], allowed: impl Fn(usize) -> f64) -> Worst {
+    assert_eq!(actual.len(), expected.len(), "the lengths to compare differ");
+    let at = |index: usize| Worst {
+        index,
+        actual: f64::from(actual[index]),
+        expected: f64::from(expected[index]),
+        allowed: allowed(index),
+    };
+    let zero = Worst { index: 0, actual: 0.0, expected: 0.0, allowed: 0.0 };
+    (0..actual.len()).map(at).fold(zero, |worst, next| if next.ratio() > worst.ratio() { next } else { worst })
+}
+
+/// The worst element when each may err by the tolerance times its magnitude plus the tensor's root mean square.
+pub fn compare(actual: &[f32], expected: &[f32], tolerance: Tolerance) -> Worst {
+    let rms = root_mean_square(expected);
+    worst(actual, expected, |index| tolerance.0 * (f64::from(expected[index]).abs() + rms))
+}
+
+/// sqrt(mean of squares).
+pub fn root_mean_square(values: &[f32]) -> f64 {
+    let sum: f64 = values.iter().map(|&v| f64::from(v) * f64::from(v)).sum();
+    (sum / values.len().max(1) as f64).sqrt()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_worst_element_is_named() {
+        let tolerance = Tolerance(1e-3);
+        let worst = compare(&[1.0, 2.1, 3.0], &[1.0, 2.0, 3.0], tolerance);
+        assert_eq!(worst.index, 1);
+        assert!(worst.ratio() > 1.0);
+        assert!(compare(&[1.0, 2.0], &[1.0, 2.0], tolerance).ratio() == 0.0);
+    }
+
+    #[test]
+    fn not_a_number_is_never_close() {
+        assert!(compare(&[f32::NAN], &[1.0], Tolerance(1.0)).ratio() > 1.0);
+    }
+
+    #[test]
+    fn a_vanishing_gradient_allows_a_full_update_and_a_clear_one_hardly_any() {
+        assert_eq!(Tolerance::of_adamw(1e-3, 2, 0.0, 1e-9), 6e-3);
+        assert!(Tolerance::of_adamw(1e-3, 1, 1.0, 1e-6) < 3e-9);
+    }
+}
