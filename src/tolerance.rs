@@ -2,7 +2,8 @@
 //!
 //! A sum of n products in precision u (unit round-off) has, with overwhelming probability, a relative error below
 //! lambda * sqrt(n) * u against the sum of absolute values (Higham & Mary 2019, "A new approach to probabilistic rounding
-//! error analysis"). Errors of a chain of operations add. [`Tolerance`] carries that number; [`compare`] holds each
+//! error analysis"). The roundings of a chain of sums are independent, so their errors add in quadrature: the chain errs
+//! like one sum of as many terms. [`Tolerance`] carries that number; [`compare`] holds each
 //! element against it, scaled with the element and with the tensor's root mean square (a cancelled sum keeps the error of
 //! its terms), and names the worst one.
 
@@ -11,7 +12,7 @@ use crate::config::GptConfig;
 /// Unit round-off of f32.
 pub const UNIT_F32: f64 = f32::EPSILON as f64 / 2.0;
 
-/// lambda: with 4, one sum in 10^3 or less would exceed its bound if roundings were normally distributed.
+/// lambda: with 4, one element in 15,000 would exceed its bound if every rounding were as large as it can be.
 const LAMBDA: f64 = 4.0;
 
 /// A relative tolerance with its derivation already done.
@@ -21,7 +22,7 @@ pub struct Tolerance(pub f64);
 impl Tolerance {
     /// The tolerance of a chain of sums of these lengths, in precision `unit`.
     pub fn of_sums(unit: f64, lengths: impl IntoIterator<Item = usize>) -> Self {
-        Self(LAMBDA * unit * lengths.into_iter().map(|n| (n as f64).sqrt()).sum::<f64>())
+        Self(LAMBDA * unit * (lengths.into_iter().sum::<usize>() as f64).sqrt())
     }
 
     /// The tolerance of a model's forward pass over sequences of T tokens: every layer's five products and two
