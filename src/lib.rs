@@ -4,10 +4,14 @@ pub mod band;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod generate;
+pub mod metrics;
 pub mod model;
 pub mod optim;
+pub mod output;
 pub mod shapes;
 pub mod tolerance;
+pub mod train;
 pub mod weights;
 
 pub use error::{Error, Result};

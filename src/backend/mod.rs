@@ -168,6 +168,9 @@ pub trait Device {
     /// A read-back that was asked for and not yet collected.
     type Pending;
 
+    /// Whether an operation is complete when it returns; else its result is worth asking for one step late.
+    const SYNCHRONOUS: bool = false;
+
     /// The device in words, for the user.
     fn description(&self) -> String;
 

@@ -34,6 +34,8 @@ impl Device for Cpu {
     type Tokens = Vec<u32>;
     type Pending = Vec<f32>;
 
+    const SYNCHRONOUS: bool = true;
+
     fn description(&self) -> String {
         format!("CPU, {} threads", rayon::current_num_threads())
     }

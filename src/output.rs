@@ -1,0 +1,59 @@
+//! Standard output that may be closed at any time by its reader.
+
+use crate::error::{Error, Result};
+use std::fmt::Arguments;
+use std::io::{self, Write};
+
+/// Writes to standard output; a reader who left ends the program quietly (see [`Error::StdoutClosed`]).
+///
+/// # Errors
+/// [`Error::StdoutClosed`], or [`Error::Io`] when the output cannot be written (a full disk behind a redirection).
+pub fn write(text: Arguments<'_>) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_fmt(text).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Error::StdoutClosed,
+        _ => Error::io("write to", "standard output")(error),
+    })
+}
+
+/// `println!` that returns a [`Result`](crate::error::Result) instead of panicking when standard output is closed.
+#[macro_export]
+macro_rules! say {
+    ($($arg:tt)*) => { $crate::output::write(format_args!("{}\n", format_args!($($arg)*))) };
+}
+
+/// A count with commas between the thousands.
+pub fn grouped(count: usize) -> String {
+    let digits = count.to_string();
+    let mut text = String::with_capacity(digits.len() * 4 / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// Bytes in the unit that suits them.
+pub fn bytes(count: usize) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "KiB", "MiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.2} GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!([0, 999, 1000, 51_237_888].map(grouped), ["0", "999", "1,000", "51,237,888"]);
+        assert_eq!([512, 1536, 5 << 20, 3 << 30].map(bytes), ["512 B", "1.5 KiB", "5.0 MiB", "3.00 GiB"]);
+    }
+}
