@@ -1,7 +1,11 @@
 //! From text to batches: tokenizers, token files, the loader, TinyStories and the built-in toy corpus.
 mod atomic;
+pub mod loader;
+mod paths;
 pub mod shard;
 pub mod tokenizer;
 
+pub use loader::{Loader, Position, Shuffle};
+pub use paths::text_files;
 pub use shard::{TokenFile, TokenWriter};
 pub use tokenizer::{StreamDecoder, Tokenizer};
