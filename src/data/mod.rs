@@ -5,6 +5,7 @@ mod paths;
 pub mod shard;
 pub mod tokenize;
 pub mod tokenizer;
+pub mod toy;
 
 pub use loader::{Loader, Position, Shuffle};
 pub use paths::text_files;
