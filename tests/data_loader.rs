@@ -48,9 +48,7 @@ fn restated(batches_of_shards: &[u32], epochs: usize, seed: u32) -> Vec<(u32, u3
         while i > 1 {
             i -= 1;
             let j = random.next_u32() as usize % (i + 1);
-            let kept = list[i];
-            list[i] = list[j];
-            list[j] = kept;
+            list.swap(i, j);
         }
     };
     let mut order = Vec::new();

@@ -14,7 +14,7 @@ pub const DEFAULT_SEED: u32 = 42;
 const MAX_POSITION: u64 = 1 << 32;
 
 /// The order of batches within an epoch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Shuffle {
     /// llm.c's: shards in random order, and within each shard its batches in random order.

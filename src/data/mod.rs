@@ -3,6 +3,7 @@ mod atomic;
 pub mod loader;
 mod paths;
 pub mod shard;
+pub mod tinystories;
 pub mod tokenize;
 pub mod tokenizer;
 pub mod toy;

@@ -183,7 +183,7 @@ fn check_vocabulary(tokens: &[u16], vocab_size: usize) -> std::result::Result<()
     let bad = tokens.par_chunks(CHECK_CHUNK).position_first(|chunk| chunk.iter().max().is_some_and(outside));
     let Some(chunk) = bad else { return Ok(()) };
     let start = chunk * CHECK_CHUNK;
-    let position = start + tokens[start..].iter().position(|token| outside(token)).unwrap_or(0);
+    let position = start + tokens[start..].iter().position(outside).unwrap_or(0);
     Err(format!(
         "token {} at position {position} is outside the model's vocabulary of {vocab_size} tokens; \
          use a token file made with the model's tokenizer",

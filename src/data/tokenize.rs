@@ -238,7 +238,7 @@ fn is_held_out(split: &ValidationSplit, document: u64) -> bool {
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     hash ^= hash >> 31;
-    (hash >> 11) as f64 / (1u64 << 53) as f64 <= split.fraction
+    ((hash >> 11) as f64) < split.fraction * (1u64 << 53) as f64
 }
 
 /// Token files filled one after the other.

@@ -2,6 +2,7 @@
 
 use crate::config::{BYTES_VOCAB, GPT2_VOCAB};
 use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
 use std::str;
 use std::sync::LazyLock;
 use tiktoken::CoreBpe;
@@ -13,7 +14,8 @@ pub const END_OF_TEXT: &str = "<|endoftext|>";
 static GPT2: LazyLock<CoreBpe> = LazyLock::new(tiktoken::encoding::gpt2);
 
 /// A mapping between text and tokens. In both, the last token of the vocabulary is end-of-text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Tokenizer {
     /// GPT-2's byte-pair encoding: 50256 pieces of text and the end-of-text token.
     Gpt2,
