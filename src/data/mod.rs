@@ -1,1 +1,14 @@
 //! From text to batches: tokenizers, token files, the loader, TinyStories and the built-in toy corpus.
+mod atomic;
+pub mod loader;
+mod paths;
+pub mod shard;
+pub mod tinystories;
+pub mod tokenize;
+pub mod tokenizer;
+pub mod toy;
+
+pub use loader::{Loader, Position, Shuffle};
+pub use paths::text_files;
+pub use shard::{TokenFile, TokenWriter};
+pub use tokenizer::{StreamDecoder, Tokenizer};
