@@ -12,7 +12,9 @@ const BUFFER_BYTES: usize = 1 << 20;
 /// A file being written. Dropping it removes it and leaves an older file of its name untouched.
 pub struct AtomicFile {
     path: PathBuf,
-    writer: BufWriter<NamedTempFile>,
+    // Before the path, so that the file is closed when its temporary name is removed.
+    writer: BufWriter<File>,
+    temporary: TempPath,
 }
 
 /// A file written and synced that still waits under its temporary name. Dropping it removes it.
@@ -32,8 +34,8 @@ impl AtomicFile {
             return Err(Error::file(path, "is a folder or a device; name a file to write"));
         }
         let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
-        let temporary = temporary_beside(&target).map_err(Error::io("create", path))?;
-        Ok(Self { path: target, writer: BufWriter::with_capacity(BUFFER_BYTES, temporary) })
+        let (file, temporary) = temporary_beside(&target).map_err(Error::io("create", path))?.into_parts();
+        Ok(Self { path: target, writer: BufWriter::with_capacity(BUFFER_BYTES, file), temporary })
     }
 
     /// Appends `bytes`.
@@ -49,10 +51,9 @@ impl AtomicFile {
     /// # Errors
     /// [`Error::Io`], a full disk among others.
     pub fn seal(mut self) -> Result<SealedFile> {
-        let flushed = self.writer.flush().and_then(|()| self.writer.get_ref().as_file().sync_all());
-        flushed.map_err(Error::io("write", &self.path))?;
-        let (file, _) = self.writer.into_parts();
-        Ok(SealedFile { path: self.path, temporary: file.into_temp_path() })
+        let synced = self.writer.flush().and_then(|()| self.writer.get_ref().sync_all());
+        synced.map_err(Error::io("write", &self.path))?;
+        Ok(SealedFile { path: self.path, temporary: self.temporary })
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::checkpoint::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::values::{self, Encoding};
-use crate::checkpoint::{file_len, open};
+use crate::checkpoint::{file_len, open, quoted};
 use crate::error::{Error, Result};
 use ::safetensors::Dtype;
 use ::safetensors::tensor::{Metadata, TensorInfo};
@@ -43,7 +43,10 @@ impl Container {
         let header = read_header(path, &mut file, len)?;
         let data_start = LENGTH_BYTES + header.len() as u64;
         let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| {
-            Error::file(path, format!("has a damaged safetensors header ({error}); copy or download it again"))
+            Error::file(
+                path,
+                format!("has a damaged safetensors header: {}; copy or download it again", quoted(&error.to_string())),
+            )
         })?;
         let expected = data_start.saturating_add(metadata.data_len() as u64);
         if len != expected {

@@ -6,7 +6,7 @@
 
 use crate::checkpoint::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::container::{self, Container, Entry};
-use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, open};
+use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, open, quoted};
 use crate::config::{GPT2_VOCAB, GptConfig, padded_vocab};
 use crate::error::{Error, Result};
 use crate::shapes::{Param, ParamTable, Tensor};
@@ -236,8 +236,9 @@ impl HfConfig {
             return Err(Error::file(path, format!("is longer than {MAX_CONFIG_BYTES} bytes; it is no configuration")));
         }
         let text = fs::read(path).map_err(Error::io("read", path))?;
-        let config: Self = serde_json::from_slice(&text)
-            .map_err(|error| Error::file(path, format!("is not a model's configuration ({error})")))?;
+        let config: Self = serde_json::from_slice(&text).map_err(|error| {
+            Error::file(path, format!("is not a model's configuration: {}", quoted(&error.to_string())))
+        })?;
         let config = Self { path: path.to_path_buf(), ..config };
         config.check_kind()?;
         Ok(config)
@@ -249,11 +250,11 @@ impl HfConfig {
         let activation = self.activation_function.as_deref().unwrap_or("gelu_new");
         let epsilon = self.layer_norm_epsilon.unwrap_or(1e-5);
         let refused = [
-            (kind != "gpt2", format!("model_type is {kind}, not gpt2")),
+            (kind != "gpt2", format!("model_type is {}, not gpt2", quoted(kind))),
             // Two names of one function.
             (
                 !["gelu_new", "gelu_pytorch_tanh"].contains(&activation),
-                format!("activation_function is {activation}, not gelu_new"),
+                format!("activation_function is {}, not gelu_new", quoted(activation)),
             ),
             (epsilon != 1e-5, format!("layer_norm_epsilon is {epsilon}, not 1e-5")),
             (self.scale_attn_weights == Some(false), "scale_attn_weights is false, not true".to_string()),
@@ -329,7 +330,8 @@ fn check_tensors(container: &Container, prefix: &str, config: &GptConfig) -> Res
     match container.names().into_iter().find(|name| !known.contains(name) && !is_mask(name)) {
         None => Ok(()),
         Some(name) => {
-            let what = format!("holds tensor {name}, which GPT-2 does not have; such a model cannot be read");
+            let what =
+                format!("holds tensor {}, which GPT-2 does not have; such a model cannot be read", quoted(&name));
             Err(Error::file(container.path(), what))
         }
     }

@@ -69,7 +69,8 @@ impl Meta {
             meta.tokenizer = Some(name);
         }
         if let Some(step) = notes.remove("step") {
-            meta.step = step.parse().map_err(|_| format!("its metadata gives the step as '{step}', not a number"))?;
+            meta.step =
+                step.parse().map_err(|_| format!("its metadata gives the step as {}, not a number", quoted(&step)))?;
         }
         Ok(meta)
     }
@@ -84,7 +85,7 @@ impl Meta {
 fn check_tokenizer(name: &str) -> Checked<()> {
     match TOKENIZERS.iter().any(|(known, _)| *known == name) {
         true => Ok(()),
-        false => Err(format!("its metadata names the tokenizer '{name}', but only gpt2 and bytes are known")),
+        false => Err(format!("its metadata names the tokenizer {}, but only gpt2 and bytes are known", quoted(name))),
     }
 }
 
@@ -270,6 +271,13 @@ fn first_bytes(path: &Path) -> Result<Vec<u8>> {
 
 fn first_word(start: &[u8]) -> Option<i32> {
     start.first_chunk().map(|bytes| i32::from_le_bytes(*bytes))
+}
+
+/// Text from a file, fit to be shown: cut short and without control characters.
+fn quoted(text: &str) -> String {
+    const SHOWN: usize = 60;
+    let dots = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
+    format!("'{}{dots}'", text.chars().take(SHOWN).collect::<String>().escape_debug())
 }
 
 /// What a file that is no checkpoint seems to be, from its first bytes.

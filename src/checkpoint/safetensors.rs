@@ -8,7 +8,7 @@ use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
 use crate::checkpoint::atomic::SealedFile;
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::values::{self, Encoding};
-use crate::checkpoint::{Checked, Checkpoint, Meta};
+use crate::checkpoint::{Checked, Checkpoint, Meta, quoted};
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::shapes::{ParamTable, Tensor};
@@ -118,7 +118,7 @@ fn take_layout(notes: &mut BTreeMap<String, String>) -> Checked<(GptConfig, Pack
     }
     let config = take(notes, "config")?;
     let config: GptConfig = serde_json::from_str(&config)
-        .map_err(|error| format!("has a damaged configuration in its metadata ({error}); it cannot be read"))?;
+        .map_err(|error| format!("has a damaged configuration in its metadata: {}", quoted(&error.to_string())))?;
     let packing = Packing { panel_rows: take_number(notes, "panel_rows")?, align: take_number(notes, "align")? };
     for (key, value) in [("panel_rows", packing.panel_rows), ("align", packing.align)] {
         if value == 0 || value > MAX_PACKING {
@@ -134,7 +134,7 @@ fn take(notes: &mut BTreeMap<String, String>, key: &str) -> Checked<String> {
 
 fn take_number(notes: &mut BTreeMap<String, String>, key: &str) -> Checked<usize> {
     let text = take(notes, key)?;
-    text.parse().map_err(|_| format!("its metadata gives {key} as '{text}', which is not a number"))
+    text.parse().map_err(|_| format!("its metadata gives {key} as {}, which is not a number", quoted(&text)))
 }
 
 /// The shape of a tensor in the file: packed tensors and vectors have one dimension.
@@ -159,7 +159,8 @@ fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, 
     match container.names().into_iter().find(|name| !known.contains(name)) {
         None => Ok(()),
         Some(name) => {
-            let what = format!("holds tensor {name}, which its configuration does not know; the file is damaged");
+            let what =
+                format!("holds tensor {}, which its configuration does not know; the file is damaged", quoted(&name));
             Err(Error::file(container.path(), what))
         }
     }
