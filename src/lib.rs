@@ -1,6 +1,7 @@
 //! Trains, evaluates and samples GPT-2 language models whose MLP layers are banded.
 pub mod backend;
 pub mod band;
+pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;

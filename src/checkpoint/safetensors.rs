@@ -1,0 +1,285 @@
+//! The native format: a safetensors file with every tensor as it lies in memory, banded ones packed.
+//!
+//! Tensors are named `wte`, `wpe`, `lnfw`, `lnfb` and `h.LAYER.NAME` with llm.c's names, all F32. The metadata holds
+//! everything needed to make sense of them, the constants of the packing included: should these change, older files are
+//! packed anew as they are read.
+
+use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
+use crate::checkpoint::atomic::SealedFile;
+use crate::checkpoint::container::{self, Container, Entry};
+use crate::checkpoint::values::{self, Encoding};
+use crate::checkpoint::{Checked, Checkpoint, Meta, quoted};
+use crate::config::GptConfig;
+use crate::error::{Error, Result};
+use crate::shapes::{ParamTable, Tensor};
+use crate::weights::Weights;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// The value of `format` in the metadata.
+const FORMAT: &str = "bandtrain";
+/// The value of `version` in the metadata. Raise it when an older program would misread a newer file.
+const VERSION: u32 = 1;
+/// No packing has panels of more rows or windows aligned to more columns.
+const MAX_PACKING: usize = 1 << 16;
+
+/// Whether the metadata says that bandtrain wrote the file.
+pub(super) fn recognises(container: &Container) -> bool {
+    container.notes().get("format").is_some_and(|format| format == FORMAT)
+}
+
+/// Writes a checkpoint.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn write(path: &Path, checkpoint: &Checkpoint) -> Result<SealedFile> {
+    let weights = &checkpoint.weights;
+    let tensors = weights.table().tensors();
+    let entries: Vec<Entry> = tensors
+        .iter()
+        .map(|&tensor| (values::name(tensor), shape(tensor, weights.config(), tensor.span.len)))
+        .collect();
+    let stored = |index: usize| Cow::Borrowed(weights.stored(tensors[index].param, tensors[index].layer));
+    container::write(path, notes(checkpoint)?, &entries, stored)
+}
+
+/// Reads a checkpoint.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] when the metadata is missing, damaged or of a newer version, when a tensor is missing,
+/// unknown or of another shape or type, when a weight is not finite, and when a slot outside the band is not zero.
+pub fn read(path: &Path) -> Result<Checkpoint> {
+    let mut container = Container::open(path)?;
+    let fault = |what: String| Error::file(path, what);
+    let mut notes = container.notes();
+    let (config, packing) = take_layout(&mut notes).map_err(fault)?;
+    let meta = Meta::take(&mut notes, &config).map_err(fault)?;
+    let table = ParamTable::new(&config).map_err(|error| fault(format!("its metadata makes no model: {error}")))?;
+    check_tensors(&container, &config, &table, packing)?;
+    let mut weights = Weights::zeros(&config)?;
+    for &tensor in table.tensors() {
+        read_tensor(&mut container, &mut weights, tensor, table.band(tensor.param).map(|(band, _)| (band, packing)))?;
+    }
+    Ok(Checkpoint { weights, meta: Meta { extra: notes, ..meta } })
+}
+
+/// The constants a file was packed with.
+#[derive(Debug, Clone, Copy)]
+struct Packing {
+    /// Wide rows of a panel.
+    panel_rows: usize,
+    /// Windows start at, and are as wide as, a multiple of this many columns.
+    align: usize,
+}
+
+impl Packing {
+    /// [`Band::panels`] as they would be with these constants.
+    fn panels(self, band: &Band) -> Vec<Panel> {
+        let mut offset = 0;
+        let starts = (0..band.wide()).step_by(self.panel_rows);
+        let panels = starts.map(|row_start| {
+            let rows = self.panel_rows.min(band.wide() - row_start);
+            let touched = (row_start..row_start + rows).map(|j| band.row(j)).filter(|row| !row.is_empty());
+            let window = touched.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
+            let col_start = window.start / self.align * self.align;
+            let cols = window.end.next_multiple_of(self.align) - col_start;
+            let panel = Panel { row_start, rows, col_start, cols, offset };
+            offset += panel.len();
+            panel
+        });
+        panels.collect()
+    }
+}
+
+/// The metadata. The format's own keys come last, so that `extra` cannot replace them.
+fn notes(checkpoint: &Checkpoint) -> Result<BTreeMap<String, String>> {
+    let config = serde_json::to_string(checkpoint.weights.config());
+    let config = config.map_err(|error| Error::Internal(error.to_string()))?;
+    let own = [
+        ("format", FORMAT.to_string()),
+        ("version", VERSION.to_string()),
+        ("config", config),
+        ("panel_rows", PANEL_ROWS.to_string()),
+        ("align", ALIGN.to_string()),
+    ];
+    let own = own.map(|(key, value)| (key.to_string(), value));
+    Ok(checkpoint.meta.extra.clone().into_iter().chain(checkpoint.meta.entries()).chain(own).collect())
+}
+
+/// Removes the format's own keys from the metadata and reads them.
+fn take_layout(notes: &mut BTreeMap<String, String>) -> Checked<(GptConfig, Packing)> {
+    notes.remove("format");
+    let version = take_number(notes, "version")?;
+    if version == 0 || version > VERSION as usize {
+        return Err(format!(
+            "has version {version} of the native format, but this program reads up to {VERSION}; update bandtrain"
+        ));
+    }
+    let config = take(notes, "config")?;
+    let config: GptConfig = serde_json::from_str(&config)
+        .map_err(|error| format!("has a damaged configuration in its metadata: {}", quoted(&error.to_string())))?;
+    let packing = Packing { panel_rows: take_number(notes, "panel_rows")?, align: take_number(notes, "align")? };
+    for (key, value) in [("panel_rows", packing.panel_rows), ("align", packing.align)] {
+        if value == 0 || value > MAX_PACKING {
+            return Err(format!("its metadata gives {key} as {value}, but it must lie between 1 and {MAX_PACKING}"));
+        }
+    }
+    Ok((config, packing))
+}
+
+fn take(notes: &mut BTreeMap<String, String>, key: &str) -> Checked<String> {
+    notes.remove(key).ok_or_else(|| format!("lacks '{key}' in its metadata; it was not written by bandtrain as it is"))
+}
+
+fn take_number(notes: &mut BTreeMap<String, String>, key: &str) -> Checked<usize> {
+    let text = take(notes, key)?;
+    text.parse().map_err(|_| format!("its metadata gives {key} as {}, which is not a number", quoted(&text)))
+}
+
+/// The shape of a tensor in the file: packed tensors and vectors have one dimension.
+fn shape(tensor: Tensor, config: &GptConfig, len: usize) -> Vec<usize> {
+    match (tensor.packed, tensor.param.is_matrix()) {
+        (None, true) => {
+            let (rows, cols) = tensor.param.shape(config);
+            vec![rows, cols]
+        }
+        _ => vec![len],
+    }
+}
+
+/// Exactly the model's tensors are there, each with its shape and F32.
+fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, packing: Packing) -> Result<()> {
+    let packed_len = |param| table.band(param).map(|(band, _)| packing.panels(band).iter().map(Panel::len).sum());
+    for &tensor in table.tensors() {
+        let len = packed_len(tensor.param).unwrap_or(tensor.span.len);
+        container.check(&values::name(tensor), &shape(tensor, config, len), &[Encoding::F32])?;
+    }
+    let known: BTreeSet<_> = table.tensors().iter().map(|&tensor| values::name(tensor)).collect();
+    match container.names().into_iter().find(|name| !known.contains(name)) {
+        None => Ok(()),
+        Some(name) => {
+            let what =
+                format!("holds tensor {}, which its configuration does not know; the file is damaged", quoted(&name));
+            Err(Error::file(container.path(), what))
+        }
+    }
+}
+
+/// Reads one tensor to its place; a banded one comes with its band and the packing of the file.
+fn read_tensor(
+    container: &mut Container,
+    weights: &mut Weights,
+    tensor: Tensor,
+    packed: Option<(&Band, Packing)>,
+) -> Result<()> {
+    let name = values::name(tensor);
+    let stored = weights.stored_mut(tensor.param, tensor.layer);
+    let Some((band, packing)) = packed else {
+        return container.read(&name, stored);
+    };
+    let panels = packing.panels(band);
+    if panels == band.panels() {
+        container.read(&name, stored)?;
+        return check_slots(container.path(), &name, band, &panels, stored);
+    }
+    let mut foreign = vec![0.0; panels.iter().map(Panel::len).sum()];
+    container.read(&name, &mut foreign)?;
+    check_slots(container.path(), &name, band, &panels, &foreign)?;
+    repack(band, &panels, &foreign, stored);
+    Ok(())
+}
+
+fn check_slots(path: &Path, name: &str, band: &Band, panels: &[Panel], packed: &[f32]) -> Result<()> {
+    match first_outside(band, panels, packed) {
+        None => Ok(()),
+        Some((j, i, slot)) => Err(Error::file(
+            path,
+            format!(
+                "slot {slot} of tensor {name} (wide row {j}, narrow column {i}) lies outside the band, but holds {} \
+                 instead of 0; the file is damaged or was packed by another program",
+                packed[slot]
+            ),
+        )),
+    }
+}
+
+/// The first slot outside the exact band that is not zero: its wide row, its narrow column and its index.
+pub(super) fn first_outside(band: &Band, panels: &[Panel], packed: &[f32]) -> Option<(usize, usize, usize)> {
+    let rows = panels.iter().flat_map(|panel| panel.row_range().map(move |j| (panel, j)));
+    rows.into_iter().find_map(|(panel, j)| {
+        let (start, kept) = (slot_of(panel, j, panel.col_start), band.row(j));
+        let row = packed[start..start + panel.cols].iter().zip(panel.col_start..);
+        let outside = row.into_iter().find(|(value, i)| **value != 0.0 && !kept.contains(i));
+        outside.map(|(_, i)| (j, i, slot_of(panel, j, i)))
+    })
+}
+
+/// Moves every connection from its slot under other panels to its slot under the band's own.
+fn repack(band: &Band, panels: &[Panel], packed: &[f32], stored: &mut [f32]) {
+    for panel in panels {
+        for j in panel.row_range().filter(|&j| !band.row(j).is_empty()) {
+            let (from, to) = (band.row(j).start, &band.panels()[j / PANEL_ROWS]);
+            let len = band.row(j).len();
+            stored[slot_of(to, j, from)..][..len].copy_from_slice(&packed[slot_of(panel, j, from)..][..len]);
+        }
+    }
+}
+
+/// Where a panel keeps wide row j, narrow column i.
+fn slot_of(panel: &Panel, j: usize, i: usize) -> usize {
+    panel.offset + (j - panel.row_start) * panel.cols + (i - panel.col_start)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::band::Dense;
+    use proptest::prelude::*;
+
+    const OWN: Packing = Packing { panel_rows: PANEL_ROWS, align: ALIGN };
+
+    proptest! {
+        #[test]
+        fn the_own_constants_give_the_bands_own_panels(n in 1usize..90, extra in 0usize..400, bandwidth in 1usize..300) {
+            let band = Band::new(n, n + extra, bandwidth).unwrap();
+            prop_assert_eq!(OWN.panels(&band), band.panels());
+        }
+
+        #[test]
+        fn repacking_keeps_every_connection(
+            n in 1usize..50, extra in 0usize..200, bandwidth in 1usize..200, panel_rows in 1usize..100, align in 1usize..40,
+        ) {
+            let band = Band::new(n, n + extra, bandwidth).unwrap();
+            let dense: Vec<f32> = (1..=n * (n + extra)).map(|k| k as f32).collect();
+            let mut own = vec![0.0; band.packed_len()];
+            band.pack(&dense, Dense::WideByNarrow, &mut own);
+
+            let foreign_panels = Packing { panel_rows, align }.panels(&band);
+            let mut foreign = vec![0.0; foreign_panels.iter().map(Panel::len).sum()];
+            for panel in &foreign_panels {
+                for (j, i) in panel.row_range().flat_map(|j| band.row(j).map(move |i| (j, i))) {
+                    foreign[slot_of(panel, j, i)] = dense[j * n + i];
+                }
+            }
+            prop_assert_eq!(first_outside(&band, &foreign_panels, &foreign), None);
+            let mut repacked = vec![0.0; band.packed_len()];
+            repack(&band, &foreign_panels, &foreign, &mut repacked);
+            prop_assert_eq!(repacked, own);
+        }
+    }
+
+    #[test]
+    fn every_slot_outside_the_band_is_found() {
+        let band = Band::new(40, 160, 36).unwrap();
+        for panel in band.panels() {
+            for slot in 0..panel.len() {
+                let mut packed = vec![0.0; band.packed_len()];
+                packed[panel.offset + slot] = 1.0;
+                let found = first_outside(&band, band.panels(), &packed).map(|(_, _, slot)| slot);
+                let expected = band.slot(panel, slot).is_none().then_some(panel.offset + slot);
+                assert_eq!(found, expected);
+            }
+        }
+    }
+}
