@@ -93,13 +93,13 @@ pub struct Preset {
     /// B: sequences per batch.
     pub batch_size: usize,
     /// Optimizer steps.
-    pub steps: usize,
+    pub steps: u64,
     /// Learning rate at its peak.
-    pub learning_rate: f32,
+    pub learning_rate: f64,
     /// Steps between validations.
-    pub val_every: usize,
+    pub val_every: u64,
     /// Steps between samples.
-    pub sample_every: usize,
+    pub sample_every: u64,
 }
 
 const fn gpt(channels: usize, num_layers: usize, num_heads: usize, max_seq_len: usize, vocab_size: usize) -> GptConfig {

@@ -125,12 +125,13 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.clock = Instant::now();
         for step in 1..=plan.steps {
             self.step(train, step)?;
-            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            let last = step == plan.steps;
+            let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
             let stop = interrupt.load(Ordering::Relaxed);
-            if due(plan.checkpoint_every) || due(plan.sample_every) || due(plan.val_every) || step == plan.steps || stop
-            {
-                self.collect(step)?;
+            if !(due(plan.val_every) || due(plan.sample_every) || due(plan.checkpoint_every) || last || stop) {
+                continue;
             }
+            self.collect(step)?;
             if stop {
                 self.save(step)?;
                 let path = plan.checkpoint.display();

@@ -174,6 +174,11 @@ pub trait Device {
     /// The device in words, for the user.
     fn description(&self) -> String;
 
+    /// Bytes of memory free for buffers, where the device tells.
+    fn free_bytes(&self) -> Option<usize> {
+        None
+    }
+
     /// Bytes of one element of a buffer of this role.
     fn element_bytes(&self, role: Role) -> usize;
 

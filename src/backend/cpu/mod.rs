@@ -40,6 +40,12 @@ impl Device for Cpu {
         format!("CPU, {} threads", rayon::current_num_threads())
     }
 
+    fn free_bytes(&self) -> Option<usize> {
+        let mut system = sysinfo::System::new().ok()?;
+        system.refresh_memory();
+        usize::try_from(system.available_memory()).ok()
+    }
+
     fn element_bytes(&self, _role: Role) -> usize {
         size_of::<f32>()
     }

@@ -1,0 +1,76 @@
+//! `bandtrain band`: what a bandwidth means.
+
+use super::parse;
+use crate::band::Band;
+use crate::error::{Error, Result};
+use crate::output::grouped;
+use crate::say;
+use std::path::PathBuf;
+
+/// Shows a band: exact density, memory and picture
+///
+/// Narrow element i and wide element j are connected exactly when |j - i*W/N| <= bandwidth/2.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  bandtrain band -w 1024 -C 512")]
+pub struct BandArgs {
+    /// The bandwidth, in wide elements
+    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    bandwidth: usize,
+    /// N, the narrow axis: the model's channels
+    #[arg(long, short = 'C', default_value = "512", value_parser = parse::positive, value_name = "N")]
+    channels: usize,
+    /// W, the wide axis [default: 4N]
+    #[arg(long, value_parser = parse::positive, value_name = "N")]
+    wide: Option<usize>,
+    /// Also draw the picture into an SVG file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+    /// Print one JSON object instead of table and picture
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Sizes that are no band; an SVG file that cannot be written.
+pub fn run(args: BandArgs) -> Result<()> {
+    let (n, w) = (args.channels, args.wide.unwrap_or(4 * args.channels));
+    let band = Band::new(n, w, args.bandwidth)?;
+    if let Some(path) = &args.svg {
+        std::fs::write(path, band.svg()).map_err(Error::io("write", path))?;
+    }
+    if args.json {
+        let json = serde_json::json!({
+            "narrow": n,
+            "wide": w,
+            "bandwidth": args.bandwidth,
+            "connections": band.count(),
+            "dense_connections": n * w,
+            "density": band.density(),
+            "packed_elements": band.packed_len(),
+        });
+        return say!("{json}");
+    }
+    say!("N = {n} narrow, W = {w} wide: {} connections when dense", grouped(n * w))?;
+    say!("{:>12} {:>14} {:>10} {:>14}", "bandwidth", "connections", "density", "stored slots")?;
+    for bandwidth in table_rows(args.bandwidth, w) {
+        let row = Band::new(n, w, bandwidth)?;
+        let mark = if bandwidth == args.bandwidth { "*" } else { " " };
+        let (count, stored) = (grouped(row.count()), grouped(row.packed_len()));
+        say!("{mark}{bandwidth:>11} {count:>14} {:>8.3} % {stored:>14}", 100.0 * row.density())?;
+    }
+    if band.cuts_nothing() {
+        say!("note: bandwidth {} keeps every connection; this is a dense layer", args.bandwidth)?;
+    }
+    say!("\nnarrow axis to the right, wide axis down; # kept, + partly, . cut\n{}", band.ascii(64))
+}
+
+/// The bandwidth asked for among the wide axis and its halvings.
+fn table_rows(asked: usize, wide: usize) -> Vec<usize> {
+    let halvings = std::iter::successors(Some(wide), |&width| (width > 1).then_some(width / 2));
+    let mut rows: Vec<_> = halvings.take(6).chain([asked]).collect();
+    rows.sort_unstable_by(|a, b| b.cmp(a));
+    rows.dedup();
+    rows
+}

@@ -1,0 +1,163 @@
+//! `bandtrain info`: devices, and what a configuration takes.
+
+use super::device::{DeviceArgs, Task, with_backend};
+use super::eval::check_seq_len;
+use super::parse;
+use crate::backend::Backend;
+use crate::backend::Device;
+use crate::backend::cpu::Cpu;
+use crate::config::{GptConfig, preset};
+use crate::error::Result;
+use crate::memory::{MemoryEstimate, stored_elements};
+use crate::output::{bytes, grouped};
+use crate::say;
+use crate::shapes::{Param, ParamTable};
+
+/// Shows devices, and the memory a training takes
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  bandtrain info --preset tinystories-51m -b 16 -w 1024 -2 1024")]
+pub struct InfoArgs {
+    /// Model to account for
+    #[arg(long, default_value = "tinystories-51m", value_name = "NAME")]
+    preset: String,
+    /// Sequences per batch [default: the preset's]
+    #[arg(long, short = 'b', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    batch_size: Option<usize>,
+    /// Tokens per sequence [default: the model's longest]
+    #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    seq_len: Option<usize>,
+    /// Bandwidth of FC1, 0 is dense [default: the preset's]
+    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    fc1_bandwidth: Option<usize>,
+    /// Bandwidth of FC2, 0 is dense [default: the preset's]
+    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    fc2_bandwidth: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the device has to give.
+#[derive(Clone, Copy)]
+struct Budget {
+    /// Bytes free.
+    free: usize,
+    /// The largest B that fits; 0 when none does.
+    largest: usize,
+}
+
+struct Info {
+    config: GptConfig,
+    batch: usize,
+    tokens: usize,
+    json: bool,
+    preset: String,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// An unknown preset; sizes that do not fit.
+pub fn run(args: InfoArgs) -> Result<()> {
+    let preset = preset(&args.preset)?;
+    let config = GptConfig {
+        fc1_bandwidth: args.fc1_bandwidth.unwrap_or(preset.model.fc1_bandwidth),
+        fc2_bandwidth: args.fc2_bandwidth.unwrap_or(preset.model.fc2_bandwidth),
+        ..preset.model
+    }
+    .checked()?;
+    let tokens = args.seq_len.unwrap_or(config.max_seq_len);
+    check_seq_len(tokens, config.max_seq_len)?;
+    let batch = args.batch_size.unwrap_or(preset.batch_size);
+    with_backend(args.device, Info { config, batch, tokens, json: args.json, preset: args.preset })
+}
+
+impl Task for Info {
+    type Output = ();
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
+        let estimate = MemoryEstimate::new(&backend, &self.config, self.batch, self.tokens)?;
+        let budget = match backend.free_bytes() {
+            None => None,
+            Some(free) => {
+                let largest = MemoryEstimate::largest_batch(&backend, &self.config, self.tokens, free)?;
+                Some(Budget { free, largest })
+            }
+        };
+        if self.json { self.print_json(&backend, &estimate, budget) } else { self.print(&backend, &estimate, budget) }
+    }
+}
+
+impl Info {
+    fn print<B: Backend>(&self, backend: &B, estimate: &MemoryEstimate, budget: Option<Budget>) -> Result<()> {
+        let Info { config, batch, tokens, preset, .. } = self;
+        let table = ParamTable::new(config)?;
+        say!("Devices")?;
+        say!("  cpu   {}, {} of memory free", Cpu::new().description(), bytes(Cpu::new().free_bytes().unwrap_or(0)))?;
+        let count = grouped(table.count(config));
+        say!(
+            "\n{preset}: C={} L={} NH={} T={} V={}, {count} parameters",
+            config.channels,
+            config.num_layers,
+            config.num_heads,
+            config.max_seq_len,
+            config.vocab_size
+        )?;
+        for (name, param, band) in [("FC1", Param::Fcw, table.fc1()), ("FC2", Param::Fcprojw, table.fc2())] {
+            let (stored, dense) = stored_elements(config, &table, param);
+            match band {
+                None => say!("  {name} dense: {} weights", grouped(dense))?,
+                Some(band) => say!(
+                    "  {name} bandwidth {}: density {:.3} %, {} of {} weights stored ({:.1} %)",
+                    band.bandwidth(),
+                    100.0 * band.density(),
+                    grouped(stored),
+                    grouped(dense),
+                    100.0 * stored as f64 / dense as f64
+                )?,
+            }
+        }
+        say!("\nMemory of training on {} with B={batch} T={tokens}", backend.description())?;
+        for row in estimate.parameters.iter().chain(&estimate.activations) {
+            say!(
+                "  {:<16} {:>4} x {:>12}  {:>12}",
+                row.name,
+                row.copies,
+                bytes(row.bytes / row.copies),
+                bytes(row.bytes)
+            )?;
+        }
+        say!("  {:<16} {:>35}", "total", bytes(estimate.total()))?;
+        match budget {
+            None => Ok(()),
+            Some(Budget { free, largest: 0 }) => {
+                say!("No batch of T={tokens} fits into the {} that are free", bytes(free))
+            }
+            Some(Budget { free, largest }) => {
+                say!("Largest batch of T={tokens} that fits into the {} that are free: B={largest}", bytes(free))
+            }
+        }
+    }
+
+    fn print_json<B: Backend>(&self, backend: &B, estimate: &MemoryEstimate, budget: Option<Budget>) -> Result<()> {
+        let table = ParamTable::new(&self.config)?;
+        let rows = |rows: &[crate::memory::MemoryRow]| -> Vec<_> {
+            rows.iter().map(|r| serde_json::json!({ "name": r.name, "copies": r.copies, "bytes": r.bytes })).collect()
+        };
+        let json = serde_json::json!({
+            "devices": [{ "backend": "cpu", "name": Cpu::new().description(), "free_bytes": Cpu::new().free_bytes() }],
+            "device": backend.description(),
+            "config": self.config,
+            "parameters": table.count(&self.config),
+            "batch_size": self.batch,
+            "seq_len": self.tokens,
+            "memory": { "parameters": rows(&estimate.parameters), "activations": rows(&estimate.activations) },
+            "total_bytes": estimate.total(),
+            "free_bytes": budget.map(|budget| budget.free),
+            "largest_batch": budget.map(|budget| budget.largest),
+        });
+        say!("{json}")
+    }
+}

@@ -1,0 +1,54 @@
+//! `bandtrain init`: a fresh model in a file.
+
+use super::parse;
+use crate::checkpoint::{self, Checkpoint, Format, Meta};
+use crate::config::{GptConfig, preset};
+use crate::error::Result;
+use crate::output::grouped;
+use crate::say;
+use crate::weights::Weights;
+use std::path::PathBuf;
+
+/// Writes a model with fresh random weights
+///
+/// The weights are GPT-2's: normal with deviation 0.02, the projections onto the residual stream divided by sqrt(2L).
+#[derive(clap::Args)]
+#[command(
+    after_help = "Example:\n  bandtrain init --preset tinystories-51m --fc1-bandwidth 1024 --output start.safetensors"
+)]
+pub struct InitArgs {
+    /// toy, tinystories-7m, tinystories-51m, gpt2, gpt2-medium, gpt2-large or gpt2-xl
+    #[arg(long, value_name = "NAME")]
+    preset: String,
+    /// File to write: .safetensors (native, packed bands) or .bin (llm.c, dense)
+    #[arg(long, short, value_name = "FILE")]
+    output: PathBuf,
+    /// Same seed, same weights
+    #[arg(long, default_value = "42", value_parser = parse::seed, value_name = "N", allow_negative_numbers = true)]
+    seed: u64,
+    /// Bandwidth of FC1, 0 is dense [default: the preset's]
+    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    fc1_bandwidth: Option<usize>,
+    /// Bandwidth of FC2, 0 is dense [default: the preset's]
+    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    fc2_bandwidth: Option<usize>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// An unknown preset or ending of the file's name; a file that cannot be written.
+pub fn run(args: InitArgs) -> Result<()> {
+    let format = Format::of_path(&args.output)?;
+    let model = preset(&args.preset)?.model;
+    let config = GptConfig {
+        fc1_bandwidth: args.fc1_bandwidth.unwrap_or(model.fc1_bandwidth),
+        fc2_bandwidth: args.fc2_bandwidth.unwrap_or(model.fc2_bandwidth),
+        ..model
+    };
+    let weights = Weights::init(&config, args.seed)?;
+    let count = grouped(weights.table().count(&config));
+    let checkpoint = Checkpoint { weights, meta: Meta::of_config(&config) };
+    checkpoint::save(&args.output, &checkpoint, format)?;
+    say!("{}: {} with {count} parameters, seed {}", args.output.display(), args.preset, args.seed)
+}

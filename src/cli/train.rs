@@ -1,0 +1,519 @@
+//! `bandtrain train`, and `bandtrain` without a command: options, their defaults, their checks, and the training.
+//!
+//! Options come from the command line and from a TOML file (`--config`); the command line wins. What was left open is
+//! filled in by the preset and the recipe, and the result is written beside the checkpoint as another such file.
+
+use super::device::{BackendName, DeviceArgs, Precision, Task, with_backend};
+use super::eval::check_seq_len;
+use super::parse;
+use crate::backend::Backend;
+use crate::checkpoint::{self, Format};
+use crate::config::{GptConfig, Preset, preset};
+use crate::data::{Loader, Shuffle, Tokenizer, toy};
+use crate::error::{Error, Result};
+use crate::metrics::Reporter;
+use crate::model::Model;
+use crate::optim::{Hyperparameters, Recipe, Schedule};
+use crate::output::grouped;
+use crate::shapes::{Param, ParamTable};
+use crate::train::{TrainPlan, Trainer};
+use crate::weights::Weights;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The experiment's data, used when it is there and nothing else is named.
+const DEFAULT_TRAIN_DATA: &str = "data/tinystories/TinyStories_train.bin";
+const DEFAULT_VAL_DATA: &str = "data/tinystories/TinyStories_val.bin";
+
+const AFTER_HELP: &str = "\
+Examples:
+  bandtrain train                                          the toy corpus, about a minute
+  bandtrain train -i train.bin -j val.bin -w 1024 -n 3000  the experiment's model, FC1 banded
+  bandtrain train -e model.safetensors -i train.bin -n 500 go on from saved weights";
+
+/// Trains a model
+///
+/// Without data it takes data/tinystories/ if that exists, else the built-in toy corpus; without a model the preset that
+/// suits the data. Everything not given comes from the preset and the recipe, and is written beside the checkpoint.
+#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+#[command(after_help = AFTER_HELP)]
+pub struct TrainOptions {
+    /// TOML file with options by their long names; the command line wins over it
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// Model to start from, any known format
+    #[arg(long, short = 'e', value_name = "FILE", help_heading = "Model")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    init: Option<PathBuf>,
+    /// Sizes and defaults: toy, tinystories-7m, tinystories-51m, gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    #[arg(long, value_name = "NAME", help_heading = "Model", conflicts_with = "init")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    preset: Option<String>,
+    /// Bandwidth of FC1, 0 is dense [default: the preset's or the model's; also -1]
+    #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fc1_bandwidth: Option<usize>,
+    /// Bandwidth of FC2, 0 is dense [default: the preset's or the model's]
+    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fc2_bandwidth: Option<usize>,
+    /// 1: FC1 and FC2 dense, whatever else says
+    #[arg(long, short = 'd', value_parser = ["0", "1"], value_name = "0|1", help_heading = "Model", num_args = 0..=1,
+          default_missing_value = "1")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dense: Option<String>,
+
+    /// Training token files (path or glob)
+    #[arg(long, short = 'i', value_name = "FILES", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    train_data: Option<String>,
+    /// Validation token files (path or glob)
+    #[arg(long, short = 'j', value_name = "FILES", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    val_data: Option<String>,
+    /// Order of batches: llmc (shuffled as llm.c does) or none (as they lie) [default: llmc]
+    #[arg(long, value_parser = shuffle, value_name = "ORDER", help_heading = "Data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shuffle: Option<Shuffle>,
+
+    /// Optimizer steps [default: the preset's]
+    #[arg(long, short = 'n', value_parser = parse::positive_steps, value_name = "N", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    steps: Option<u64>,
+    /// Sequences per batch [default: the preset's]
+    #[arg(long, short = 'b', value_parser = parse::positive, value_name = "N", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    batch_size: Option<usize>,
+    /// Tokens per sequence [default: the model's longest]
+    #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seq_len: Option<usize>,
+    /// Batches whose gradients make up one step [default: 1]
+    #[arg(long, value_parser = parse::positive, value_name = "N", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grad_accum: Option<usize>,
+    /// Learning rate at its peak [default: the preset's]
+    #[arg(long, short = 'l', value_parser = parse::above_zero, value_name = "F", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    learning_rate: Option<f64>,
+    /// How the learning rate runs [default: constant]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Training")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    schedule: Option<Schedule>,
+    /// Steps of linear warm-up [default: 0]
+    #[arg(long, value_parser = parse::steps, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    warmup: Option<u64>,
+    /// Optimizer settings by name [default: stable]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Training")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    recipe: Option<Recipe>,
+    /// AdamW's first decay [default: the recipe's]
+    #[arg(long, value_parser = parse::below_one, value_name = "F", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta1: Option<f64>,
+    /// AdamW's second decay [default: the recipe's]
+    #[arg(long, value_parser = parse::below_one, value_name = "F", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    beta2: Option<f64>,
+    /// Decay of the matrices [default: the recipe's]
+    #[arg(long, value_parser = parse::not_negative, value_name = "F", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    weight_decay: Option<f64>,
+    /// Global gradient norm to clip at, 0 is off [default: the recipe's]
+    #[arg(long, value_parser = parse::not_negative, value_name = "F", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grad_clip: Option<f64>,
+    /// Seed of weights, batch order and samples [default: 42]
+    #[arg(long, value_parser = parse::seed, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    seed: Option<u64>,
+
+    /// Steps between validations, 0 is never [default: the preset's]
+    #[arg(long, short = 'v', value_parser = parse::steps, value_name = "N", help_heading = "Reports",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    val_every: Option<u64>,
+    /// Most batches of a validation, 0 is all [default: 20]
+    #[arg(long, short = 'm', value_parser = parse::count, value_name = "N", help_heading = "Reports",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    val_batches: Option<usize>,
+    /// Steps between samples, 0 is never [default: the preset's]
+    #[arg(long, short = 's', value_parser = parse::steps, value_name = "N", help_heading = "Reports",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sample_every: Option<u64>,
+    /// Tokens of a sample [default: 256]
+    #[arg(long, short = 'g', value_parser = parse::positive, value_name = "N", help_heading = "Reports",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sample_tokens: Option<usize>,
+    /// Log file in llm.c's format: s:STEP trl:LOSS, s:STEP tel:LOSS
+    #[arg(long, short = 'o', value_name = "FILE", help_heading = "Reports")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    log: Option<PathBuf>,
+    /// JSON-lines file: one object for each step and each validation
+    #[arg(long, value_name = "FILE", help_heading = "Reports")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<PathBuf>,
+    /// Print nothing but errors
+    #[arg(long, help_heading = "Reports")]
+    #[serde(skip_serializing_if = "is_false")]
+    quiet: bool,
+
+    /// Checkpoint to write, .safetensors (native) or .bin (llm.c) [default: runs/PRESET.safetensors]
+    #[arg(long, short = 'c', value_name = "FILE", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<PathBuf>,
+    /// Steps between checkpoints, 0 is at the end only [default: 0]
+    #[arg(long, short = 'k', value_parser = parse::steps, value_name = "N", help_heading = "Run",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint_every: Option<u64>,
+    /// Where to compute [default: auto]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backend: Option<BackendName>,
+    /// How to compute [default: auto]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    precision: Option<Precision>,
+}
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+fn shuffle(text: &str) -> std::result::Result<Shuffle, String> {
+    match text {
+        "llmc" => Ok(Shuffle::Llmc),
+        "none" => Ok(Shuffle::None),
+        _ => Err("choose llmc or none".to_string()),
+    }
+}
+
+/// Takes each named field from the other options where it is open here.
+macro_rules! fill {
+    ($options:ident, $others:ident: $($field:ident)*) => { $($options.$field = $options.$field.take().or($others.$field);)* };
+}
+
+impl TrainOptions {
+    /// These options, with what they leave open taken from others.
+    fn or(mut self, others: TrainOptions) -> TrainOptions {
+        // A model named here replaces the other's, whichever way that one is named.
+        if self.init.is_none() && self.preset.is_none() {
+            fill!(self, others: init preset);
+        }
+        fill!(self, others: fc1_bandwidth fc2_bandwidth dense train_data val_data shuffle steps batch_size seq_len
+            grad_accum learning_rate schedule warmup recipe beta1 beta2 weight_decay grad_clip seed val_every val_batches
+            sample_every sample_tokens log metrics checkpoint checkpoint_every backend precision);
+        self.quiet |= others.quiet;
+        self
+    }
+
+    /// Adds the options of the file named by `--config`.
+    fn with_file(self) -> Result<TrainOptions> {
+        let Some(path) = self.config.clone() else { return Ok(self) };
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let file: TrainOptions = toml::from_str(&text).map_err(|error| {
+            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            Error::file(
+                &path,
+                format!("line {line}: {}; options go by their long names, as in steps = 300", error.message()),
+            )
+        })?;
+        file.check(&path)?;
+        Ok(self.or(file))
+    }
+
+    /// Holds values from a file to what the command line accepts.
+    fn check(&self, path: &Path) -> Result<()> {
+        let command = <TrainOptions as clap::Args>::augment_args(clap::Command::new("file").no_binary_name(true));
+        let table = toml::Value::try_from(self).map_err(|error| Error::file(path, error.to_string()))?;
+        let values = table.as_table().into_iter().flatten().filter(|(_, value)| !value.is_bool());
+        let args = values.map(|(key, value)| match value {
+            toml::Value::String(text) => format!("--{key}={text}"),
+            number => format!("--{key}={number}"),
+        });
+        command.try_get_matches_from(args).map(|_| ()).map_err(|error| Error::file(path, super::sentence(&error)))
+    }
+}
+
+/// A checked training: every option has its value.
+struct TrainConfig {
+    options: TrainOptions,
+    plan: TrainPlan,
+    weights: Weights,
+    name: String,
+    tokenizer: Option<Tokenizer>,
+    train: Loader,
+    val: Option<Loader>,
+    notes: Vec<String>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Options, files or sizes that do not fit; what the training meets.
+pub fn run(options: TrainOptions) -> Result<()> {
+    let config = resolve(options.with_file()?)?;
+    let device = DeviceArgs {
+        backend: config.options.backend.unwrap_or(BackendName::Auto),
+        precision: config.options.precision.unwrap_or(Precision::Auto),
+    };
+    with_backend(device, config)
+}
+
+/// Where the training data comes from.
+enum Source {
+    Files(String),
+    Toy,
+}
+
+/// Fills in what the options leave open and opens everything they name.
+fn resolve(mut options: TrainOptions) -> Result<TrainConfig> {
+    let source = match &options.train_data {
+        Some(files) => Source::Files(files.clone()),
+        None if Path::new(DEFAULT_TRAIN_DATA).exists() => {
+            options.val_data.get_or_insert_with(|| DEFAULT_VAL_DATA.to_string());
+            Source::Files(options.train_data.insert(DEFAULT_TRAIN_DATA.to_string()).clone())
+        }
+        None => Source::Toy,
+    };
+    let mut notes = Vec::new();
+    let (name, defaults, weights) = model(&mut options, &source, &mut notes)?;
+    let config = *weights.config();
+    let seed = *options.seed.get_or_insert(42);
+    let plan = plan(&mut options, &defaults, &config, &name)?;
+    check_writable(&plan.checkpoint)?;
+    let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
+    let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
+    let (batch, tokens, vocab) = (plan.batch_size, plan.seq_len, config.vocab_size);
+    // The options hold seeds below 2^32.
+    let order = seed as u32;
+    let (train, val) = match &source {
+        Source::Files(files) => {
+            let train = Loader::open(files, vocab, batch, tokens, shuffle, order)?;
+            let val = match &options.val_data {
+                Some(files) => Some(Loader::open(files, vocab, batch, tokens, Shuffle::None, order)?),
+                None => None,
+            };
+            (train, val)
+        }
+        Source::Toy => {
+            let tokenizer = tokenizer.ok_or_else(|| {
+                Error::usage(format!("the built-in toy corpus has no tokenizer of {vocab} tokens; name data with -i"))
+            })?;
+            let (train, held_out) = toy::toy_tokens(tokenizer);
+            let train = Loader::from_tokens(train, "the toy corpus", batch, tokens, shuffle, order)?;
+            let val = match &options.val_data {
+                Some(files) => Loader::open(files, vocab, batch, tokens, Shuffle::None, order)?,
+                None => {
+                    let name = "the toy corpus's held-out part";
+                    Loader::from_tokens(held_out, name, batch, tokens, Shuffle::None, order)?
+                }
+            };
+            (train, Some(val))
+        }
+    };
+    if val.is_none() && plan.val_every > 0 {
+        notes.push("no validation: name validation data with -j".to_string());
+    }
+    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes })
+}
+
+/// The initial weights, banded as asked, with the model's name and the preset whose defaults apply.
+fn model(options: &mut TrainOptions, source: &Source, notes: &mut Vec<String>) -> Result<(String, Preset, Weights)> {
+    let seed = options.seed.unwrap_or(42);
+    let dense = options.dense.as_deref() == Some("1");
+    let asked = |bandwidth: Option<usize>, own: usize| if dense { 0 } else { bandwidth.unwrap_or(own) };
+    if let Some(path) = options.init.clone() {
+        let weights = checkpoint::load(&path)?.weights;
+        let own = *weights.config();
+        let (fc1, fc2) =
+            (asked(options.fc1_bandwidth, own.fc1_bandwidth), asked(options.fc2_bandwidth, own.fc2_bandwidth));
+        options.fc1_bandwidth = Some(fc1);
+        options.fc2_bandwidth = Some(fc2);
+        let name = path.file_stem().map_or("model".to_string(), |stem| stem.to_string_lossy().into_owned());
+        let defaults = preset(if own.vocab_size == crate::config::BYTES_VOCAB { "toy" } else { "tinystories-51m" })?;
+        if (fc1, fc2) == (own.fc1_bandwidth, own.fc2_bandwidth) {
+            return Ok((name, defaults, weights));
+        }
+        let (weights, cut) = weights.rebanded(fc1, fc2)?;
+        for (layer, bandwidth, cut) in [("FC1", fc1, cut[0]), ("FC2", fc2, cut[1])] {
+            if bandwidth > 0 {
+                notes.push(format!("banding {layer} cut {:.2} % of its weights' squared norm", 100.0 * cut));
+            }
+        }
+        return Ok((name, defaults, weights));
+    }
+    let fallback = || if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" }.to_string();
+    let name = options.preset.get_or_insert_with(fallback).clone();
+    let defaults = preset(&name)?;
+    let config = GptConfig {
+        fc1_bandwidth: asked(options.fc1_bandwidth, defaults.model.fc1_bandwidth),
+        fc2_bandwidth: asked(options.fc2_bandwidth, defaults.model.fc2_bandwidth),
+        ..defaults.model
+    };
+    options.fc1_bandwidth = Some(config.fc1_bandwidth);
+    options.fc2_bandwidth = Some(config.fc2_bandwidth);
+    Ok((name, defaults, Weights::init(&config, seed)?))
+}
+
+/// The plan, with every option that it takes filled in.
+fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name: &str) -> Result<TrainPlan> {
+    let recipe = options.recipe.get_or_insert(Recipe::Stable).hyperparameters();
+    let checkpoint = options.checkpoint.get_or_insert_with(|| PathBuf::from(format!("runs/{name}.safetensors")));
+    Format::of_path(checkpoint)?;
+    let seq_len = *options.seq_len.get_or_insert(config.max_seq_len);
+    check_seq_len(seq_len, config.max_seq_len)?;
+    let plan = TrainPlan {
+        steps: *options.steps.get_or_insert(defaults.steps),
+        batch_size: *options.batch_size.get_or_insert(defaults.batch_size),
+        seq_len,
+        grad_accum: *options.grad_accum.get_or_insert(1),
+        learning_rate: *options.learning_rate.get_or_insert(defaults.learning_rate),
+        schedule: *options.schedule.get_or_insert(Schedule::Constant),
+        warmup: *options.warmup.get_or_insert(0),
+        hyper: Hyperparameters {
+            beta1: *options.beta1.get_or_insert(recipe.beta1),
+            beta2: *options.beta2.get_or_insert(recipe.beta2),
+            weight_decay: *options.weight_decay.get_or_insert(recipe.weight_decay),
+            grad_clip: *options.grad_clip.get_or_insert(recipe.grad_clip),
+        },
+        val_every: *options.val_every.get_or_insert(defaults.val_every),
+        val_batches: *options.val_batches.get_or_insert(20),
+        sample_every: *options.sample_every.get_or_insert(defaults.sample_every),
+        sample_tokens: *options.sample_tokens.get_or_insert(256),
+        checkpoint_every: *options.checkpoint_every.get_or_insert(0),
+        checkpoint: checkpoint.clone(),
+        seed: options.seed.unwrap_or(42),
+    };
+    let tokens = plan.batch_size.checked_mul(plan.seq_len).and_then(|rows| rows.checked_mul(plan.grad_accum));
+    if tokens.is_none_or(|tokens| tokens > 1 << 31) {
+        return Err(Error::usage(format!(
+            "a step of {} x {} x {} tokens is absurd; choose a smaller -b, -t or --grad-accum",
+            plan.grad_accum, plan.batch_size, plan.seq_len
+        )));
+    }
+    Ok(plan)
+}
+
+/// Finds out before hours of training whether a checkpoint can be written at its end.
+fn check_writable(checkpoint: &Path) -> Result<()> {
+    let folder = match checkpoint.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    if checkpoint.is_dir() {
+        return Err(Error::file(checkpoint, "is a folder; name a file for the checkpoint"));
+    }
+    tempfile::tempfile_in(folder).map(|_| ()).map_err(Error::io("write to", folder))
+}
+
+impl Task for TrainConfig {
+    type Output = ();
+
+    fn run<B: Backend>(mut self, backend: B) -> Result<()> {
+        let plan = &self.plan;
+        let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
+        let mut reporter = Reporter::new(plan.steps, self.options.quiet, metrics, log)?;
+        describe(&self.name, &self.weights, plan, &self.train, &backend.description(), &mut reporter)?;
+        for note in &self.notes {
+            reporter.note(&format!("note: {note}"))?;
+        }
+        write_resolved(&self.options, &plan.checkpoint)?;
+        let interrupt = interrupt_flag()?;
+        let mut model = Model::new(backend, &self.weights)?;
+        // From here on the weights live on the device.
+        drop(self.weights);
+        let mut trainer = Trainer::new(plan, &mut model, self.tokenizer, &mut reporter)?;
+        let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
+        if let Some((first, last)) = summary.val_loss {
+            reporter.note(&format!("done: validation loss {first:.6} -> {last:.6}"))?;
+        }
+        reporter.note(&format!("try: bandtrain generate -e {} -n 100", plan.checkpoint.display()))
+    }
+}
+
+/// What is trained, on what, with what.
+fn describe(
+    name: &str,
+    weights: &Weights,
+    plan: &TrainPlan,
+    train: &Loader,
+    device: &str,
+    reporter: &mut Reporter,
+) -> Result<()> {
+    let (config, table) = (weights.config(), weights.table());
+    let GptConfig { channels, num_layers, num_heads, max_seq_len, vocab_size, .. } = config;
+    let count = grouped(table.count(config));
+    reporter.note(&format!(
+        "model {name}: C={channels} L={num_layers} NH={num_heads} T={max_seq_len} V={vocab_size}, {count} parameters"
+    ))?;
+    for (layer, param) in [("FC1", Param::Fcw), ("FC2", Param::Fcprojw)] {
+        reporter.note(&format!("  {layer} {}", describe_layer(table, param)))?;
+    }
+    let TrainPlan { steps, batch_size, seq_len, grad_accum, learning_rate, schedule, warmup, hyper, .. } = plan;
+    let tokens = grouped(train.num_tokens());
+    reporter.note(&format!(
+        "data: {tokens} tokens, {} batches of B={batch_size} x T={seq_len} an epoch",
+        grouped(train.batches_per_epoch())
+    ))?;
+    reporter.note(&format!(
+        "training: {steps} steps of {grad_accum} batches, learning rate {learning_rate:e} {schedule:?} (warm-up {warmup}), \
+         beta {}/{}, decay {}, clip {}",
+        hyper.beta1, hyper.beta2, hyper.weight_decay, hyper.grad_clip
+    ))?;
+    reporter.note(&format!("device: {device}, fp32"))
+}
+
+fn describe_layer(table: &ParamTable, param: Param) -> String {
+    match table.band(param) {
+        None => "dense".to_string(),
+        Some((band, _)) if band.cuts_nothing() => {
+            format!("bandwidth {} keeps every connection: the same as dense", band.bandwidth())
+        }
+        Some((band, _)) => {
+            format!("bandwidth {}: {:.3} % of its connections", band.bandwidth(), 100.0 * band.density())
+        }
+    }
+}
+
+/// Writes the options, all of them filled in, as a file that `--config` takes.
+fn write_resolved(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
+    let path = checkpoint.with_extension("toml");
+    let text = toml::to_string(options)
+        .map_err(|error| Error::Internal(format!("the options cannot be written as TOML: {error}")))?;
+    let version = env!("CARGO_PKG_VERSION");
+    let text = format!("# What bandtrain {version} ran; 'bandtrain --config FILE' runs it again.\n{text}");
+    std::fs::write(&path, text).map_err(Error::io("write", &path))
+}
+
+/// A flag that Ctrl-C and SIGTERM raise; a second one stops at once.
+fn interrupt_flag() -> Result<&'static AtomicBool> {
+    static INTERRUPT: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if INTERRUPT.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    })
+    .map_err(|error| Error::Internal(format!("cannot listen to Ctrl-C: {error}")))?;
+    Ok(&INTERRUPT)
+}
