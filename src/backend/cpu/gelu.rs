@@ -7,9 +7,29 @@ const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 /// The cubic term's factor.
 const CUBIC: f32 = 0.044715;
 
+/// exp(x) for x <= 0, within 2 ULP, without a branch or a call, so that loops over it become vector code: GELU is
+/// evaluated 8*M*C times a layer and would otherwise outweigh the products. x = n ln 2 + r with |r| <= ln 2 / 2, and
+/// exp(r) by its Taylor polynomial, whose remainder r^8/8! is below 6e-9.
+fn exp_of_negative(x: f32) -> f32 {
+    /// 1.5 * 2^23: adding it rounds to an integer that then stands in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    /// ln 2 in two parts, the first with so few bits that its product with n is exact.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Below -87 the result would be subnormal; 1.6e-38 and 0 are the same to every sum it enters.
+    let x = x.max(-87.0);
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    let r = (x - n * LN2_HIGH) - n * LN2_LOW;
+    let taylor = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+    let power = taylor.into_iter().fold(0.0, |sum, coefficient| sum * r + coefficient);
+    let exponent = rounded.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
+    power * f32::from_bits(exponent)
+}
+
 /// tanh from exp(-2|x|), which neither overflows nor divides by zero, on any backend.
 fn tanh(x: f32) -> f32 {
-    let t = (-2.0 * x.abs()).exp();
+    let t = exp_of_negative(-2.0 * x.abs());
     ((1.0 - t) / (1.0 + t)).copysign(x)
 }
 
@@ -41,6 +61,19 @@ mod tests {
             assert!((f64::from(gelu(x as f32)) - exact(x)).abs() <= tolerance, "gelu({x})");
             assert!((f64::from(gelu_derivative(x as f32)) - slope).abs() <= 4.0 * tolerance + 1e-9, "gelu'({x})");
         }
+    }
+
+    #[test]
+    fn the_exponential_is_within_two_ulps() {
+        for step in 0..870_000 {
+            let x = -f64::from(step) / 1e4;
+            let (actual, exact) = (f64::from(exp_of_negative(x as f32)), f64::from(x as f32).exp());
+            assert!(
+                (actual / exact - 1.0).abs() <= 2.0 * f64::from(f32::EPSILON),
+                "exp({x}) = {actual:e}, not {exact:e}"
+            );
+        }
+        assert!(exp_of_negative(-1e30) < 2e-38 && exp_of_negative(f32::NEG_INFINITY) < 2e-38);
     }
 
     #[test]

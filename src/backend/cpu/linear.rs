@@ -88,15 +88,23 @@ pub(super) fn fill_rows(matrix: &mut [f32], row: &[f32], rows: usize) {
     matrix[..rows * cols].par_chunks_mut(cols).with_min_len(ROW_CHUNK).for_each(|out| out.copy_from_slice(row));
 }
 
+/// Elements that one thread takes at once.
+const CHUNK: usize = 1 << 12;
+
 /// `out = gelu(pre)`.
 pub(super) fn apply_gelu(out: &mut [f32], pre: &[f32]) {
-    (out, pre).into_par_iter().with_min_len(1 << 12).for_each(|(out, &pre)| *out = gelu(pre));
+    (out.par_chunks_mut(CHUNK), pre.par_chunks(CHUNK)).into_par_iter().for_each(|(out, pre)| {
+        for (out, &pre) in out.iter_mut().zip(pre) {
+            *out = gelu(pre);
+        }
+    });
 }
 
 /// `gradient *= gelu'(pre)`.
 pub(super) fn apply_gelu_derivative(gradient: &mut [f32], pre: &[f32]) {
-    (gradient, pre)
-        .into_par_iter()
-        .with_min_len(1 << 12)
-        .for_each(|(gradient, &pre)| *gradient *= gelu_derivative(pre));
+    (gradient.par_chunks_mut(CHUNK), pre.par_chunks(CHUNK)).into_par_iter().for_each(|(gradient, pre)| {
+        for (gradient, &pre) in gradient.iter_mut().zip(pre) {
+            *gradient *= gelu_derivative(pre);
+        }
+    });
 }
