@@ -69,6 +69,15 @@ fn the_native_format_keeps_everything() {
     }
 }
 
+#[test]
+fn extra_metadata_cannot_replace_the_formats_own() {
+    let mut checkpoint = sample(ODD);
+    for key in ["format", "version", "config", "panel_rows", "align", "step", "tokenizer"] {
+        checkpoint.meta.extra.insert(key.to_string(), "other".to_string());
+    }
+    assert_eq!(through(&checkpoint, Format::Safetensors).meta, sample(ODD).meta);
+}
+
 /// Packs a dense matrix as docs/formats.md describes it, for any constants.
 fn packed(band: &Band, value: impl Fn(usize, usize) -> f32, panel_rows: usize, align: usize) -> Vec<f32> {
     let mut packed = Vec::new();
@@ -97,17 +106,19 @@ fn files_packed_with_other_constants_are_packed_anew() {
                 if name.ends_with("fcw") { (Param::Fcw, (40, 1)) } else { (Param::Fcprojw, (1, 160)) };
             let (band, _) = before.weights.table().band(param).unwrap();
             let dense = before.weights.dense(param, layer);
-            packed(band, |j, i| dense[j * stride.0 + i * stride.1], panel_rows, align)
+            let values = packed(band, |j, i| dense[j * stride.0 + i * stride.1], panel_rows, align);
+            (vec![values.len()], bytemuck::cast_slice(&values).to_vec())
         };
-        let tensors = file.iter().map(|(name, view)| match name.ends_with("fcw") || name.ends_with("fcprojw") {
-            true => (name, repacked(name).iter().flat_map(|value| value.to_le_bytes()).collect(), None),
-            false => (name, view.data().to_vec(), Some(view.shape().to_vec())),
-        });
-        let tensors: Vec<(&str, Vec<u8>, Option<Vec<usize>>)> = tensors.collect();
-        let views = tensors.iter().map(|(name, data, shape)| {
-            let shape = shape.clone().unwrap_or(vec![data.len() / 4]);
-            (*name, TensorView::new(Dtype::F32, shape, data).unwrap())
-        });
+        let tensors: Vec<_> = file
+            .iter()
+            .map(|(name, view)| match name.ends_with("fcw") || name.ends_with("fcprojw") {
+                true => (name, repacked(name)),
+                false => (name, (view.shape().to_vec(), view.data().to_vec())),
+            })
+            .collect();
+        let views = tensors
+            .iter()
+            .map(|(name, (shape, data))| (*name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
         let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
         let mut notes = metadata.metadata().clone().unwrap();
         notes.insert("panel_rows".to_string(), panel_rows.to_string());

@@ -18,6 +18,7 @@ pub struct AtomicFile {
 }
 
 /// A file written and synced that still waits under its temporary name. Dropping it removes it.
+#[must_use = "the file gets its name only when it is published"]
 pub struct SealedFile {
     path: PathBuf,
     temporary: TempPath,
@@ -33,7 +34,10 @@ impl AtomicFile {
         if fs::metadata(path).is_ok_and(|found| !found.is_file()) {
             return Err(Error::file(path, "is a folder or a device; name a file to write"));
         }
-        let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_path_buf());
+        let target = match path.is_symlink() {
+            true => fs::canonicalize(path).map_err(Error::io("follow the link", path))?,
+            false => path.to_path_buf(),
+        };
         let (file, temporary) = temporary_beside(&target).map_err(Error::io("create", path))?.into_parts();
         Ok(Self { path: target, writer: BufWriter::with_capacity(BUFFER_BYTES, file), temporary })
     }

@@ -6,9 +6,9 @@
 
 mod atomic;
 mod container;
-pub mod hf;
-pub mod llmc;
-pub mod safetensors;
+mod hf;
+mod llmc;
+mod safetensors;
 mod values;
 
 pub use atomic::{AtomicFile, SealedFile};
