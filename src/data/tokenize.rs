@@ -156,12 +156,12 @@ impl Segment {
 /// Collects segments into blocks, encodes a block in parallel, and writes it in order.
 struct Encoder<'a> {
     tokenizer: Tokenizer,
-    block: Vec<Segment>,
+    /// Segments, and whether each is held out.
+    block: Vec<(Segment, bool)>,
+    /// Memory of the block, the segments' own included: documents may be tiny and many.
     block_bytes: usize,
     training: Shards,
     validation: Option<(ValidationSplit, Shards)>,
-    /// For each segment of the block, whether it is held out.
-    held_out: Vec<bool>,
     documents: u64,
     validation_documents: u64,
     report: &'a mut dyn FnMut() -> Result<()>,
@@ -179,7 +179,6 @@ impl<'a> Encoder<'a> {
             block_bytes: 0,
             training: Shards::create(&options.output, options.shard_tokens)?,
             validation,
-            held_out: Vec::new(),
             documents: 0,
             validation_documents: 0,
             report,
@@ -192,23 +191,21 @@ impl<'a> Encoder<'a> {
         }
         let held_out = self.validation.as_ref().is_some_and(|(split, _)| is_held_out(split, self.documents));
         self.validation_documents += u64::from(held_out && segment.starts_document);
-        self.block_bytes += segment.text.len();
-        self.block.push(segment);
-        self.held_out.push(held_out);
+        self.block_bytes += segment.text.len() + size_of::<(Segment, bool)>();
+        self.block.push((segment, held_out));
         if self.block_bytes >= BLOCK_BYTES { self.write_block() } else { Ok(()) }
     }
 
     fn write_block(&mut self) -> Result<()> {
         let tokenizer = self.tokenizer;
-        let encoded: Vec<_> = self.block.par_iter().map(|segment| segment.encode(tokenizer)).collect();
-        for (tokens, &held_out) in encoded.iter().zip(&self.held_out) {
+        let encoded: Vec<_> = self.block.par_iter().map(|(segment, _)| segment.encode(tokenizer)).collect();
+        for (tokens, (_, held_out)) in encoded.iter().zip(&self.block) {
             match &mut self.validation {
-                Some((_, output)) if held_out => output.write(tokens)?,
+                Some((_, output)) if *held_out => output.write(tokens)?,
                 _ => self.training.write(tokens)?,
             }
         }
         self.block.clear();
-        self.held_out.clear();
         self.block_bytes = 0;
         (self.report)()
     }
