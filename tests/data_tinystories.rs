@@ -206,6 +206,7 @@ fn hubs_that_do_not_answer_are_given_up_in_seconds() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let sentence = bench.refusal(&format!("http://{closed}"));
     assert!(sentence.starts_with("cannot reach the hub at http://127.0.0.1"), "{sentence}");
+    assert!(bench.refusal("ftp://127.0.0.1").starts_with("cannot reach the hub at ftp://127.0.0.1"));
     let sentence = bench.refusal(&TestHub::start(Manner::Silent).endpoint);
     assert!(sentence.contains("sent nothing for 2s"), "{sentence}");
     let sentence = bench.refusal(&TestHub::start(Manner::Missing).endpoint);

@@ -94,10 +94,8 @@ fn json_comes_in_every_form() {
 fn bad_text_names_its_place() {
     let bench = Bench::new();
     let sentence = bench.refusal("in.txt", b"fine\nbad \xff\n");
-    assert!(
-        sentence.ends_with("in.txt: line 2 is not UTF-8 from its byte 5 on; convert the file to UTF-8"),
-        "{sentence}"
-    );
+    assert!(sentence.ends_with("in.txt: is not UTF-8 at byte 9, in line 2; convert it to UTF-8"), "{sentence}");
+    assert!(bench.refusal("in.txt", b"cut \xe2\x82").contains("at byte 4, in line 1"));
     for (json, place) in [
         (&b"[\"a\",\n 7]"[..], "line 2 column 3"),
         (b"{\"text\": \"a\"}\n{\"title\": \"b\"}", "neither a `story` nor a `text`"),
@@ -206,15 +204,29 @@ fn shards_hold_the_same_tokens() {
 #[test]
 fn a_document_longer_than_a_segment_keeps_its_tokens() {
     let bench = Bench::new();
-    let lines =
+    let parts =
         ["A line of words, and\n", "\n", "  indented\n", "ends in space \n", "it's 12\r\n", "é漢字\n", "\u{a0}odd\n"];
-    let text: String = (0..60_000).map(|number| lines[(number * number + number / 7) % lines.len()]).collect();
-    let mut options = bench.options("in.txt", text.as_bytes());
-    options.tokenizer = Tokenizer::Gpt2;
-    assert_eq!(run(&options).unwrap().documents, 1);
-    let mut expected = vec![50256];
-    expected.extend(Tokenizer::Gpt2.encode(text.trim_matches(['\n', '\r'])));
-    assert_eq!(TokenFile::open(&bench.path("out.bin"), 50257).unwrap().tokens(), expected);
+    let lines: String = (0..60_000).map(|number| parts[(number * number + number / 7) % parts.len()]).collect();
+    let one_line: String = lines.chars().map(|character| if character == '\n' { ' ' } else { character }).collect();
+    let without_space = "é漢字".repeat(300_000);
+    for text in [lines, one_line.repeat(3), without_space, " \n".repeat(300_000) + "."] {
+        let mut expected = vec![50256];
+        expected.extend(Tokenizer::Gpt2.encode(text.trim_matches(['\n', '\r'])));
+        for (name, contents) in [("in.txt", text.clone()), ("in.json", serde_json::to_string(&text).unwrap())] {
+            let mut options = bench.options(name, contents.as_bytes());
+            options.tokenizer = Tokenizer::Gpt2;
+            assert_eq!(run(&options).unwrap().documents, 1);
+            let file = TokenFile::open(&bench.path("out.bin"), 50257).unwrap();
+            assert!(file.tokens() == expected, "{name}: {:?}", text.chars().take(40).collect::<String>());
+        }
+    }
+}
+
+#[test]
+fn text_without_any_space_is_refused_before_it_fills_the_memory() {
+    let bench = Bench::new();
+    let sentence = bench.refusal("in.txt", &vec![b'a'; 66 << 20]);
+    assert!(sentence.contains("holds 64 MiB without a space between words, starting with \"aaa"), "{sentence}");
 }
 
 proptest! {

@@ -33,6 +33,20 @@ fn odd_texts_agree() {
     assert_eq!(Tokenizer::Gpt2.decode(&Tokenizer::Gpt2.encode(&long)).unwrap(), long.as_bytes());
 }
 
+#[test]
+fn long_texts_agree_and_take_linear_time() {
+    let mut text = String::new();
+    for number in 0..40_000u32 {
+        let spaces = ["\u{a0}", " ", "\n\n", " \u{3000} ", "\r\n  ", "\t"];
+        text += spaces[(number.wrapping_mul(2_654_435_761) >> 20) as usize % spaces.len()];
+        text += ["it's", "odd", "12", "é漢字", "...", "<|endoftext|>"][(number.wrapping_mul(40_503) >> 7) as usize % 6];
+    }
+    assert_eq!(Tokenizer::Gpt2.encode(&text), oracle(&text));
+    let start = std::time::Instant::now();
+    Tokenizer::Gpt2.encode(&"\u{a0}word".repeat(500_000));
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1000))]
 

@@ -202,12 +202,12 @@ fn explain(error: HFError, hub: &Connection, name: &str, bytes: u64, size: u64) 
     };
     let because = causes(&error);
     Error::Network(match error {
-        HFError::Request { source, .. } if source.is_connect() || source.is_timeout() => {
-            format!("cannot reach the hub at {endpoint} ({because}); check the network or HF_ENDPOINT and run again")
-        }
-        HFError::Request { .. } => format!(
+        HFError::Request { source, .. } if source.is_body() || source.is_decode() => format!(
             "the connection to the hub at {endpoint} was cut after {bytes} of {size} bytes of {name} ({because}); run again"
         ),
+        HFError::Request { .. } => {
+            format!("cannot reach the hub at {endpoint} ({because}); check the network or HF_ENDPOINT and run again")
+        }
         HFError::EntryNotFound { .. } | HFError::RepoNotFound { .. } | HFError::RevisionNotFound { .. } => {
             format!("the hub at {endpoint} has no {name} in the dataset {OWNER}/{DATASET}; check HF_ENDPOINT")
         }

@@ -6,7 +6,7 @@
 use crate::data::atomic::SealedFile;
 use crate::data::paths::has_extension;
 use crate::data::shard::TokenWriter;
-use crate::data::tokenizer::{END_OF_TEXT, Tokenizer};
+use crate::data::tokenizer::{END_OF_TEXT, Tokenizer, is_incomplete, last_cut};
 use crate::error::{Error, Result};
 use rayon::prelude::*;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -20,6 +20,10 @@ use std::path::{Path, PathBuf};
 const BLOCK_BYTES: usize = 8 << 20;
 /// Documents longer than this are cut where the cut changes no token.
 const SEGMENT_BYTES: usize = 256 << 10;
+/// A line is read in chunks of at most this many bytes.
+const CHUNK_BYTES: usize = 1 << 20;
+/// The longest stretch without a place to cut. The encoder's memory is many times the longest word.
+const MAX_UNCUT_BYTES: usize = 64 << 20;
 /// What is stripped at both ends of a document.
 const NEWLINES: [char; 2] = ['\n', '\r'];
 
@@ -152,12 +156,12 @@ impl Segment {
 /// Collects segments into blocks, encodes a block in parallel, and writes it in order.
 struct Encoder<'a> {
     tokenizer: Tokenizer,
-    block: Vec<Segment>,
+    /// Segments, and whether each is held out.
+    block: Vec<(Segment, bool)>,
+    /// Memory of the block, the segments' own included: documents may be tiny and many.
     block_bytes: usize,
     training: Shards,
     validation: Option<(ValidationSplit, Shards)>,
-    /// For each segment of the block, whether it is held out.
-    held_out: Vec<bool>,
     documents: u64,
     validation_documents: u64,
     report: &'a mut dyn FnMut() -> Result<()>,
@@ -175,7 +179,6 @@ impl<'a> Encoder<'a> {
             block_bytes: 0,
             training: Shards::create(&options.output, options.shard_tokens)?,
             validation,
-            held_out: Vec::new(),
             documents: 0,
             validation_documents: 0,
             report,
@@ -188,23 +191,21 @@ impl<'a> Encoder<'a> {
         }
         let held_out = self.validation.as_ref().is_some_and(|(split, _)| is_held_out(split, self.documents));
         self.validation_documents += u64::from(held_out && segment.starts_document);
-        self.block_bytes += segment.text.len();
-        self.block.push(segment);
-        self.held_out.push(held_out);
+        self.block_bytes += segment.text.len() + size_of::<(Segment, bool)>();
+        self.block.push((segment, held_out));
         if self.block_bytes >= BLOCK_BYTES { self.write_block() } else { Ok(()) }
     }
 
     fn write_block(&mut self) -> Result<()> {
         let tokenizer = self.tokenizer;
-        let encoded: Vec<_> = self.block.par_iter().map(|segment| segment.encode(tokenizer)).collect();
-        for (tokens, &held_out) in encoded.iter().zip(&self.held_out) {
+        let encoded: Vec<_> = self.block.par_iter().map(|(segment, _)| segment.encode(tokenizer)).collect();
+        for (tokens, (_, held_out)) in encoded.iter().zip(&self.block) {
             match &mut self.validation {
-                Some((_, output)) if held_out => output.write(tokens)?,
+                Some((_, output)) if *held_out => output.write(tokens)?,
                 _ => self.training.write(tokens)?,
             }
         }
         self.block.clear();
-        self.held_out.clear();
         self.block_bytes = 0;
         (self.report)()
     }
@@ -334,46 +335,72 @@ impl Read for CountingReader<'_> {
 
 /// Reads documents separated by lines `<|endoftext|>`.
 fn read_text(path: &Path, mut reader: impl BufRead, sink: &mut Sink) -> Result<()> {
-    let mut document = DocumentBuilder::default();
+    let mut document = DocumentBuilder::new(path);
+    // Starts with the incomplete character that the chunk before ended with, if any.
     let mut bytes = Vec::new();
-    for number in 1u64.. {
-        bytes.clear();
-        if reader.read_until(b'\n', &mut bytes).map_err(Error::io("read", path))? == 0 {
-            break;
-        }
-        let line = std::str::from_utf8(&bytes).map_err(|error| {
-            let column = error.valid_up_to() + 1;
-            Error::file(
+    let (mut offset, mut line, mut at_line_start) = (0, 1u64, true);
+    loop {
+        let chunk = reader.by_ref().take(CHUNK_BYTES as u64).read_until(b'\n', &mut bytes);
+        let at_end = chunk.map_err(Error::io("read", path))? == 0;
+        let text = bytes.utf8_chunks().next().map_or("", |chunk| chunk.valid());
+        let (length, rest) = (text.len(), &bytes[text.len()..]);
+        if !rest.is_empty() && (at_end || !is_incomplete(rest)) {
+            let place = offset + length;
+            return Err(Error::file(
                 path,
-                format!("line {number} is not UTF-8 from its byte {column} on; convert the file to UTF-8"),
-            )
-        })?;
-        if line.trim_end_matches(NEWLINES) == END_OF_TEXT {
+                format!("is not UTF-8 at byte {place}, in line {line}; convert it to UTF-8"),
+            ));
+        }
+        if at_line_start && text.trim_end_matches(NEWLINES) == END_OF_TEXT {
             document.finish(sink)?;
         } else {
-            document.push_line(line, sink)?;
+            document.push(text, sink)?;
         }
+        if at_end {
+            return document.finish(sink);
+        }
+        at_line_start = text.ends_with('\n');
+        line += u64::from(at_line_start);
+        offset += length;
+        bytes.drain(..length);
     }
-    document.finish(sink)
 }
 
-/// The document at hand, line by line.
-#[derive(Default)]
-struct DocumentBuilder {
+/// The document at hand, chunk by chunk.
+struct DocumentBuilder<'a> {
+    path: &'a Path,
     text: String,
+    /// The last place where `text` may be cut; 0 for none.
+    cut: usize,
     /// Whether earlier stretches of this document are already in the sink.
     continued: bool,
 }
 
-impl DocumentBuilder {
-    fn push_line(&mut self, line: &str, sink: &mut Sink) -> Result<()> {
+impl<'a> DocumentBuilder<'a> {
+    fn new(path: &'a Path) -> Self {
+        DocumentBuilder { path, text: String::new(), cut: 0, continued: false }
+    }
+
+    fn push(&mut self, chunk: &str, sink: &mut Sink) -> Result<()> {
         let is_start = self.text.is_empty() && !self.continued;
-        let line = if is_start { line.trim_start_matches(NEWLINES) } else { line };
-        if self.text.len() >= SEGMENT_BYTES && can_cut(&self.text, line) {
-            self.emit(sink)?;
-            self.continued = true;
+        let start = self.text.len();
+        self.text.push_str(if is_start { chunk.trim_start_matches(NEWLINES) } else { chunk });
+        self.cut = last_cut(&self.text, start).unwrap_or(self.cut);
+        if self.text.len() < SEGMENT_BYTES {
+            return Ok(());
         }
-        self.text.push_str(line);
+        if self.cut > 0 {
+            let rest = self.text.split_off(self.cut);
+            self.emit(sink)?;
+            (self.text, self.cut, self.continued) = (rest, 0, true);
+        } else if self.text.len() > MAX_UNCUT_BYTES {
+            let start: String = self.text.chars().take(20).collect();
+            let what = format!(
+                "holds {} MiB without a space between words, starting with {start:?}; remove what is no text",
+                MAX_UNCUT_BYTES >> 20
+            );
+            return Err(Error::file(self.path, what));
+        }
         Ok(())
     }
 
@@ -383,7 +410,7 @@ impl DocumentBuilder {
         if !self.text.is_empty() {
             self.emit(sink)?;
         }
-        self.continued = false;
+        (self.cut, self.continued) = (0, false);
         Ok(())
     }
 
@@ -392,27 +419,14 @@ impl DocumentBuilder {
     }
 }
 
-/// Whether `before` and `after` encode to the same tokens apart as together. GPT-2's BPE first splits text into words and
-/// runs of white space, where a run gives its last character to the word behind it only if that is a space; so a run of a
-/// single newline is a piece of its own on either side of the cut.
-fn can_cut(before: &str, after: &str) -> bool {
-    let mut backwards = before.chars().rev();
-    backwards.next() == Some('\n')
-        && backwards.next().is_some_and(|character| !character.is_whitespace())
-        && after.chars().next().is_some_and(|character| !character.is_whitespace())
-}
-
 /// Reads JSON values one after the other: strings, objects with a `story` or `text`, and arrays of these. JSON lines and one
 /// large array are both of this form.
 fn read_json(path: &Path, reader: impl BufRead, sink: &mut Sink) -> Result<()> {
     let mut refusal = None;
     let mut json = serde_json::Deserializer::from_reader(reader);
+    let mut document = DocumentBuilder::new(path);
     let mut take = |text: String| {
-        let text = text.trim_matches(NEWLINES);
-        if text.is_empty() {
-            return Ok(());
-        }
-        sink(Segment { text: text.to_owned(), starts_document: true }).map_err(|error| {
+        whole_document(&mut document, &text, sink).map_err(|error| {
             refusal = Some(error);
             "stopped"
         })
@@ -434,6 +448,15 @@ fn read_json(path: &Path, reader: impl BufRead, sink: &mut Sink) -> Result<()> {
         )),
         (None, Ok(())) => Ok(()),
     }
+}
+
+fn whole_document(document: &mut DocumentBuilder, mut text: &str, sink: &mut Sink) -> Result<()> {
+    while !text.is_empty() {
+        let (chunk, rest) = text.split_at(text.floor_char_boundary(CHUNK_BYTES));
+        document.push(chunk, sink)?;
+        text = rest;
+    }
+    document.finish(sink)
 }
 
 /// Hands the texts of one JSON value to `take` as they are read, so that an array of any length needs no memory.

@@ -78,8 +78,7 @@ impl Tokenizer {
     /// The tokens of `text`. The characters `<|endoftext|>` inside it are ordinary text.
     pub fn encode(self, text: &str) -> Vec<u16> {
         match self {
-            // Every token of this vocabulary is below 50257.
-            Tokenizer::Gpt2 => GPT2.encode(text).into_iter().map(|token| token as u16).collect(),
+            Tokenizer::Gpt2 => encode_gpt2(text),
             Tokenizer::Bytes => text.bytes().map(u16::from).collect(),
         }
     }
@@ -112,6 +111,42 @@ impl Tokenizer {
         }
         Ok(())
     }
+}
+
+/// Text is handed to the encoder in stretches of about this many bytes: behind white space other than ASCII it looks at
+/// all of the text that is left, which takes time quadratic in its length.
+const STRETCH_BYTES: usize = 1024;
+
+fn encode_gpt2(mut text: &str) -> Vec<u16> {
+    let mut tokens = Vec::with_capacity(text.len() / 3);
+    while !text.is_empty() {
+        let (stretch, rest) = text.split_at(next_cut(text, text.floor_char_boundary(STRETCH_BYTES)));
+        // Every token of this vocabulary is below 50257.
+        tokens.extend(GPT2.encode(stretch).into_iter().map(|token| token as u16));
+        text = rest;
+    }
+    tokens
+}
+
+/// The first place behind `start` where `text` may be cut so that both sides encode to the same tokens apart as together:
+/// behind a word and before white space; the end of `text` if there is none. GPT-2's BPE first splits text into words and
+/// runs of white space, and only the last space of a run may belong to the word behind it, so there is a split at every
+/// such place.
+fn next_cut(text: &str, start: usize) -> usize {
+    let mut in_word = false;
+    let cut = text[start..].find(|character: char| {
+        let was_in_word = in_word;
+        in_word = !character.is_whitespace();
+        was_in_word && !in_word
+    });
+    cut.map_or(text.len(), |cut| start + cut)
+}
+
+/// The last such place behind `start`, if there is one.
+pub(crate) fn last_cut(text: &str, start: usize) -> Option<usize> {
+    let behind = &text[start..];
+    let words = behind[..behind.rfind(char::is_whitespace)?].trim_end();
+    (!words.is_empty()).then_some(start + words.len())
 }
 
 /// Turns tokens into text one at a time, holding back a character until all of its bytes have come.
@@ -156,7 +191,7 @@ impl StreamDecoder {
 }
 
 /// Whether `bytes` begin a character that more bytes could complete.
-fn is_incomplete(bytes: &[u8]) -> bool {
+pub(crate) fn is_incomplete(bytes: &[u8]) -> bool {
     str::from_utf8(bytes).is_err_and(|error| error.error_len().is_none())
 }
 

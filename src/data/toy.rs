@@ -79,6 +79,6 @@ mod tests {
         for (output, tokens) in summary.outputs.iter().zip([training, validation]) {
             assert_eq!(TokenFile::open(&output.path, Tokenizer::Gpt2.vocab_size()).unwrap().tokens(), tokens);
         }
-        assert_eq!((summary.documents, summary.validation_documents), (900, 56));
+        assert_eq!((summary.documents, summary.validation_documents), (1200, 75));
     }
 }
