@@ -55,11 +55,6 @@ impl Panel {
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
-
-    /// Columns of the window that exist, the padding beyond `narrow` left out.
-    pub fn real_cols(&self, narrow: usize) -> usize {
-        self.cols.min(narrow - self.col_start.min(narrow))
-    }
 }
 
 /// Which way round a dense weight matrix lies.
@@ -174,6 +169,11 @@ impl Band {
                 first..last
             })
             .collect()
+    }
+
+    /// The columns that any row of a panel touches: its window without the rounding to [`ALIGN`].
+    pub fn window(&self, panel: &Panel) -> Range<usize> {
+        window(&self.rows[panel.row_range()])
     }
 
     /// The (row j, column i) that packed slot `slot` of `panel` means; `None` for a slot outside the exact band.
@@ -316,22 +316,24 @@ fn div_ceil(a: i64, b: i64) -> i64 {
     -(-a).div_euclid(b)
 }
 
+/// The columns that any of these rows touches; 0..0 when none touches one.
+fn window(rows: &[Range<usize>]) -> Range<usize> {
+    // Ranges move to the right row by row, so the first and the last that are not empty span all of them.
+    let mut touched = rows.iter().filter(|row| !row.is_empty());
+    let Some(first) = touched.next() else { return 0..0 };
+    first.start..touched.next_back().unwrap_or(first).end
+}
+
 /// Cuts the wide axis into panels and finds each panel's window.
 fn panels(rows: &[Range<usize>]) -> Vec<Panel> {
     let mut offset = 0;
     rows.chunks(PANEL_ROWS)
         .enumerate()
         .map(|(index, chunk)| {
-            let touched = chunk.iter().filter(|row| !row.is_empty());
-            let start = touched.clone().map(|row| row.start).min().unwrap_or(0) / ALIGN * ALIGN;
-            let end = touched.map(|row| row.end).max().unwrap_or(0).next_multiple_of(ALIGN);
-            let panel = Panel {
-                row_start: index * PANEL_ROWS,
-                rows: chunk.len(),
-                col_start: start,
-                cols: end.saturating_sub(start),
-                offset,
-            };
+            let Range { start, end } = window(chunk);
+            let (start, end) = (start / ALIGN * ALIGN, end.next_multiple_of(ALIGN));
+            let panel =
+                Panel { row_start: index * PANEL_ROWS, rows: chunk.len(), col_start: start, cols: end - start, offset };
             offset += panel.len();
             panel
         })

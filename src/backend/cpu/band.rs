@@ -1,6 +1,7 @@
 //! The band's three products on the CPU: one small product per panel, nothing for what lies outside the windows.
 
-use super::linear::{apply_gelu, apply_gelu_derivative, fill_rows};
+use super::gelu::{gelu_of, scale_by_gelu_derivative};
+use super::linear::fill_rows;
 use super::matrix::{Into, Mat, MatMut, Threads, multiply};
 use super::{Cpu, sum_columns};
 use crate::backend::{BandLinear, BiasGrad, Expansion, Write};
@@ -31,16 +32,23 @@ impl BandLinear for Cpu {
         expansion: Expansion<'_, Vec<f32>>,
     ) -> Result<()> {
         let packed = &params[panels.range()];
-        let len = rows * table.wide();
+        let (n, w) = (table.narrow(), table.wide());
+        let (ys, xs) = (y[..rows * w].par_chunks_mut(BATCH_ROWS * w), x[..rows * n].par_chunks(BATCH_ROWS * n));
         match expansion {
             Expansion::BiasGelu { bias, pre } => {
-                fill_rows(pre, &params[bias.range()], rows);
-                expand(&mut pre[..len], x, packed, table, Into::Add);
-                apply_gelu(&mut y[..len], &pre[..len]);
+                let bias = &params[bias.range()];
+                let pres = pre[..rows * w].par_chunks_mut(BATCH_ROWS * w);
+                (ys, xs, pres).into_par_iter().for_each(|(y, x, pre)| {
+                    pre.chunks_mut(w).for_each(|row| row.copy_from_slice(bias));
+                    expand(pre, x, packed, table, Into::Add);
+                    gelu_of(y, pre);
+                });
             }
             Expansion::GeluBackward { pre } => {
-                expand(&mut y[..len], x, packed, table, Into::Set);
-                apply_gelu_derivative(&mut y[..len], &pre[..len]);
+                (ys, xs, pre[..rows * w].par_chunks(BATCH_ROWS * w)).into_par_iter().for_each(|(y, x, pre)| {
+                    expand(y, x, packed, table, Into::Set);
+                    scale_by_gelu_derivative(y, pre);
+                });
             }
         }
         Ok(())
@@ -67,9 +75,10 @@ impl BandLinear for Cpu {
             |(y, x)| {
                 let rows = y.len() / n;
                 for panel in table.panels().iter().filter(|panel| !panel.is_empty()) {
-                    let y = MatMut::new(&mut y[panel.col_start..], rows, panel.real_cols(n), n);
+                    let window = table.window(panel);
+                    let y = MatMut::new(&mut y[window.start..], rows, window.len(), n);
                     let x = Mat::new(&x[panel.row_start..], rows, panel.rows, w);
-                    multiply(y, x, weights(packed, panel, n), Into::Add, Threads::One);
+                    multiply(y, x, weights(packed, panel, table), Into::Add, Threads::One);
                 }
             },
         );
@@ -99,34 +108,44 @@ impl BandLinear for Cpu {
             gradients.push((panel, gradient));
             rest = others;
         }
-        gradients.into_par_iter().filter(|(panel, _)| !panel.is_empty()).for_each(|(panel, gradient)| {
-            let wide = Mat::new(&wide[panel.row_start..], rows, panel.rows, w);
-            let narrow = Mat::new(&narrow[panel.col_start..], rows, panel.real_cols(n), n);
-            let out = MatMut::new(gradient, panel.rows, panel.real_cols(n), panel.cols);
-            multiply(out, wide.t(), narrow, write.into(), Threads::One);
-            clear_outside(gradient, panel, table);
-        });
+        gradients.retain(|(panel, _)| !panel.is_empty());
+        let batches = wide[..rows * w].chunks(BATCH_ROWS * w).zip(narrow[..rows * n].chunks(BATCH_ROWS * n));
+        for (batch, (wide, narrow)) in batches.enumerate() {
+            let into = if batch == 0 { write.into() } else { Into::Add };
+            gradients.par_iter_mut().for_each(|(panel, gradient)| outer(gradient, wide, narrow, panel, table, into));
+        }
+        gradients.par_iter_mut().for_each(|(panel, gradient)| clear_outside(gradient, panel, table));
         Ok(())
     }
 }
 
-/// `y[:, panel rows] (+)= x[:, window] P^T` for every panel; columns of y whose panel is empty become (stay) 0.
+/// Adds to a panel's gradient the product of some rows' wide and narrow elements.
+fn outer(gradient: &mut [f32], wide: &[f32], narrow: &[f32], panel: &Panel, band: &Band, into: Into) {
+    let (n, w, window) = (band.narrow(), band.wide(), band.window(panel));
+    let rows = narrow.len() / n;
+    let wide = Mat::new(&wide[panel.row_start..], rows, panel.rows, w);
+    let narrow = Mat::new(&narrow[window.start..], rows, window.len(), n);
+    let out = &mut gradient[window.start - panel.col_start..];
+    multiply(MatMut::new(out, panel.rows, window.len(), panel.cols), wide.t(), narrow, into, Threads::One);
+}
+
+/// `y[:, panel rows] (+)= x[:, window] P^T` for every panel; where a panel is empty y becomes (stays) 0.
 fn expand(y: &mut [f32], x: &[f32], packed: &[f32], band: &Band, into: Into) {
     let (n, w) = (band.narrow(), band.wide());
     let rows = y.len() / w;
-    (y.par_chunks_mut(BATCH_ROWS * w), x[..rows * n].par_chunks(BATCH_ROWS * n)).into_par_iter().for_each(|(y, x)| {
-        let rows = y.len() / w;
-        for panel in band.panels() {
-            let y = MatMut::new(&mut y[panel.row_start..], rows, panel.rows, w);
-            let x = Mat::new(&x[panel.col_start.min(x.len())..], rows, panel.real_cols(n), n);
-            multiply(y, x, weights(packed, panel, n).t(), into, Threads::One);
-        }
-    });
+    for panel in band.panels() {
+        let y = MatMut::new(&mut y[panel.row_start..], rows, panel.rows, w);
+        let window = band.window(panel);
+        let x = Mat::new(&x[window.start..], rows, window.len(), n);
+        multiply(y, x, weights(packed, panel, band).t(), into, Threads::One);
+    }
 }
 
-/// A panel's weights [rows, columns that exist].
-fn weights<'a>(packed: &'a [f32], panel: &Panel, narrow: usize) -> Mat<'a> {
-    Mat::new(&packed[panel.offset..][..panel.len()], panel.rows, panel.real_cols(narrow), panel.cols)
+/// A panel's weights [rows, columns of its window].
+fn weights<'a>(packed: &'a [f32], panel: &Panel, band: &Band) -> Mat<'a> {
+    let window = band.window(panel);
+    let start = if window.is_empty() { panel.offset } else { panel.offset + window.start - panel.col_start };
+    Mat::new(&packed[start..], panel.rows, window.len(), panel.cols)
 }
 
 /// Zeroes the slots of a panel's gradient that lie outside the exact band.

@@ -10,6 +10,7 @@ const CUBIC: f32 = 0.044715;
 /// exp(x) for x <= 0, within 2 ULP, without a branch or a call, so that loops over it become vector code: GELU is
 /// evaluated 8*M*C times a layer and would otherwise outweigh the products. x = n ln 2 + r with |r| <= ln 2 / 2, and
 /// exp(r) by its Taylor polynomial, whose remainder r^8/8! is below 6e-9.
+#[inline]
 fn exp_of_negative(x: f32) -> f32 {
     /// 1.5 * 2^23: adding it rounds to an integer that then stands in the lowest bits.
     const ROUND: f32 = 12_582_912.0;
@@ -28,21 +29,34 @@ fn exp_of_negative(x: f32) -> f32 {
 }
 
 /// tanh from exp(-2|x|), which neither overflows nor divides by zero, on any backend.
+#[inline]
 fn tanh(x: f32) -> f32 {
     let t = exp_of_negative(-2.0 * x.abs());
     ((1.0 - t) / (1.0 + t)).copysign(x)
 }
 
 /// GELU of x.
+#[inline]
 pub fn gelu(x: f32) -> f32 {
     0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x)))
 }
 
 /// Derivative of GELU at x.
+#[inline]
 pub fn gelu_derivative(x: f32) -> f32 {
     let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
     let du = SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x);
     0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * du
+}
+
+/// `out = gelu(pre)`, element by element.
+pub(super) fn gelu_of(out: &mut [f32], pre: &[f32]) {
+    out.iter_mut().zip(pre).for_each(|(out, &pre)| *out = gelu(pre));
+}
+
+/// `gradient *= gelu'(pre)`, element by element.
+pub(super) fn scale_by_gelu_derivative(gradient: &mut [f32], pre: &[f32]) {
+    gradient.iter_mut().zip(pre).for_each(|(gradient, &pre)| *gradient *= gelu_derivative(pre));
 }
 
 #[cfg(test)]

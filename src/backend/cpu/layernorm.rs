@@ -91,13 +91,13 @@ impl LayerNorm for Cpu {
         });
         sum_rows(&mut grads[affine.bias.range()], rows, write, |row, partial| {
             for (sum, dout) in partial.iter_mut().zip(row_of(row).1) {
-                *sum += f64::from(*dout);
+                *sum += dout;
             }
         });
         sum_rows(&mut grads[affine.weight.range()], rows, write, |row, partial| {
             let (x, dout) = row_of(row);
             for ((sum, x), dout) in partial.iter_mut().zip(x).zip(dout) {
-                *sum += f64::from(dout * ((x - mean[row]) * rstd[row]));
+                *sum += dout * ((x - mean[row]) * rstd[row]);
             }
         });
         Ok(())

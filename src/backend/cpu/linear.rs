@@ -1,12 +1,15 @@
 //! Dense products on the CPU.
 
-use super::gelu::{gelu, gelu_derivative};
+use super::gelu::{gelu_of, scale_by_gelu_derivative};
 use super::matrix::{Into, Mat, MatMut, Threads, multiply};
 use super::{Cpu, ROW_CHUNK, sum_columns};
 use crate::backend::{Affine, Linear, LinearDims, Write};
 use crate::error::Result;
 use crate::shapes::Span;
 use rayon::prelude::*;
+
+/// Elements whose GELU one thread evaluates at once.
+const GELU_CHUNK: usize = 1 << 12;
 
 impl Linear for Cpu {
     fn linear_forward(
@@ -29,7 +32,10 @@ impl Linear for Cpu {
             None => product(out),
             Some(pre) => {
                 product(pre);
-                apply_gelu(&mut out[..rows * outputs], &pre[..rows * outputs]);
+                let len = rows * outputs;
+                (out[..len].par_chunks_mut(GELU_CHUNK), pre[..len].par_chunks(GELU_CHUNK))
+                    .into_par_iter()
+                    .for_each(|(out, pre)| gelu_of(out, pre));
             }
         }
         Ok(())
@@ -49,7 +55,10 @@ impl Linear for Cpu {
         let dout = Mat::new(dout, rows, outputs, outputs);
         multiply(MatMut::new(dinp, rows, inputs, inputs), dout, weight, Into::Set, Threads::All);
         if let Some(pre) = pre {
-            apply_gelu_derivative(&mut dinp[..rows * inputs], &pre[..rows * inputs]);
+            let len = rows * inputs;
+            (dinp[..len].par_chunks_mut(GELU_CHUNK), pre[..len].par_chunks(GELU_CHUNK))
+                .into_par_iter()
+                .for_each(|(dinp, pre)| scale_by_gelu_derivative(dinp, pre));
         }
         Ok(())
     }
@@ -86,25 +95,4 @@ impl From<Write> for Into {
 pub(super) fn fill_rows(matrix: &mut [f32], row: &[f32], rows: usize) {
     let cols = row.len();
     matrix[..rows * cols].par_chunks_mut(cols).with_min_len(ROW_CHUNK).for_each(|out| out.copy_from_slice(row));
-}
-
-/// Elements that one thread takes at once.
-const CHUNK: usize = 1 << 12;
-
-/// `out = gelu(pre)`.
-pub(super) fn apply_gelu(out: &mut [f32], pre: &[f32]) {
-    (out.par_chunks_mut(CHUNK), pre.par_chunks(CHUNK)).into_par_iter().for_each(|(out, pre)| {
-        for (out, &pre) in out.iter_mut().zip(pre) {
-            *out = gelu(pre);
-        }
-    });
-}
-
-/// `gradient *= gelu'(pre)`.
-pub(super) fn apply_gelu_derivative(gradient: &mut [f32], pre: &[f32]) {
-    (gradient.par_chunks_mut(CHUNK), pre.par_chunks(CHUNK)).into_par_iter().for_each(|(gradient, pre)| {
-        for (gradient, &pre) in gradient.iter_mut().zip(pre) {
-            *gradient *= gelu_derivative(pre);
-        }
-    });
 }

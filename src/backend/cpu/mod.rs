@@ -1,7 +1,7 @@
 //! The readable reference: every operation in f32 on host memory, one file per stem, threads by rayon.
 //!
 //! Work is divided into pieces of fixed size, whatever the number of threads, and every sum runs in a fixed order, so two
-//! runs give the same bits. Sums that are not products of matrices accumulate in f64.
+//! runs give the same bits. Long sums that are not products of matrices accumulate in f64.
 
 mod adamw;
 mod attention;
@@ -105,10 +105,10 @@ fn zeros<T: Clone + Default>(name: &str, len: usize) -> Result<Vec<T>> {
 /// Rows a thread takes at once where rows are independent.
 const ROW_CHUNK: usize = 64;
 
-/// `sums[c] (+)= sum over rows of term(row)[c]`, where `term` adds one row's terms to its accumulators: f64 partial sums
-/// over chunks of [`ROW_CHUNK`] rows, added up in order.
-fn sum_rows(sums: &mut [f32], rows: usize, write: Write, term: impl Fn(usize, &mut [f64]) + Sync) {
-    let partials: Vec<Vec<f64>> = (0..rows.div_ceil(ROW_CHUNK))
+/// `sums[c] (+)= sum over rows of term(row)[c]`, where `term` adds one row's terms to its accumulators: partial sums over
+/// chunks of [`ROW_CHUNK`] rows, added up in order and in f64.
+fn sum_rows(sums: &mut [f32], rows: usize, write: Write, term: impl Fn(usize, &mut [f32]) + Sync) {
+    let partials: Vec<Vec<f32>> = (0..rows.div_ceil(ROW_CHUNK))
         .into_par_iter()
         .map(|chunk| {
             let mut partial = vec![0.0; sums.len()];
@@ -116,8 +116,11 @@ fn sum_rows(sums: &mut [f32], rows: usize, write: Write, term: impl Fn(usize, &m
             partial
         })
         .collect();
-    for (c, sum) in sums.iter_mut().enumerate() {
-        let total: f64 = partials.iter().map(|partial| partial[c]).sum();
+    let mut totals = vec![0.0f64; sums.len()];
+    for partial in &partials {
+        totals.iter_mut().zip(partial).for_each(|(total, &value)| *total += f64::from(value));
+    }
+    for (sum, total) in sums.iter_mut().zip(totals) {
         *sum = match write {
             Write::Set => total as f32,
             Write::Add => (f64::from(*sum) + total) as f32,
@@ -129,9 +132,7 @@ fn sum_rows(sums: &mut [f32], rows: usize, write: Write, term: impl Fn(usize, &m
 fn sum_columns(sums: &mut [f32], matrix: &[f32], rows: usize, write: Write) {
     let cols = sums.len();
     sum_rows(sums, rows, write, |row, partial| {
-        for (sum, &value) in partial.iter_mut().zip(&matrix[row * cols..][..cols]) {
-            *sum += f64::from(value);
-        }
+        partial.iter_mut().zip(&matrix[row * cols..][..cols]).for_each(|(sum, &value)| *sum += value);
     });
 }
 
