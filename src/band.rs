@@ -94,7 +94,7 @@ impl Band {
         // Anything from 2W on keeps everything; clamping keeps the arithmetic small without changing the band.
         let reach = bandwidth.min(2 * wide) as i64;
         let rows: Vec<_> = (0..wide).map(|j| columns_of_row(j as i64, narrow as i64, wide as i64, reach)).collect();
-        let panels = panels(&rows);
+        let panels = panels(&rows, PANEL_ROWS, ALIGN);
         Ok(Self { narrow, wide, bandwidth, rows, panels })
     }
 
@@ -134,6 +134,14 @@ impl Band {
     /// The panels, by ascending wide row.
     pub fn panels(&self) -> &[Panel] {
         &self.panels
+    }
+
+    /// The panels as they would be with other constants than [`PANEL_ROWS`] and [`ALIGN`], for files packed with those.
+    ///
+    /// # Panics
+    /// When a constant is 0: a fault of the caller.
+    pub fn panels_with(&self, panel_rows: usize, align: usize) -> Vec<Panel> {
+        panels(&self.rows, panel_rows, align)
     }
 
     /// Elements of the packed buffer, window padding included.
@@ -324,16 +332,16 @@ fn window(rows: &[Range<usize>]) -> Range<usize> {
     first.start..touched.next_back().unwrap_or(first).end
 }
 
-/// Cuts the wide axis into panels and finds each panel's window.
-fn panels(rows: &[Range<usize>]) -> Vec<Panel> {
+/// Cuts the wide axis into panels of `panel_rows` rows and finds each panel's window, rounded to `align` columns.
+fn panels(rows: &[Range<usize>], panel_rows: usize, align: usize) -> Vec<Panel> {
     let mut offset = 0;
-    rows.chunks(PANEL_ROWS)
+    rows.chunks(panel_rows)
         .enumerate()
         .map(|(index, chunk)| {
-            let Range { start, end } = window(chunk);
-            let (start, end) = (start / ALIGN * ALIGN, end.next_multiple_of(ALIGN));
-            let panel =
-                Panel { row_start: index * PANEL_ROWS, rows: chunk.len(), col_start: start, cols: end - start, offset };
+            let window = window(chunk);
+            let col_start = window.start / align * align;
+            let cols = window.end.next_multiple_of(align) - col_start;
+            let panel = Panel { row_start: index * panel_rows, rows: chunk.len(), col_start, cols, offset };
             offset += panel.len();
             panel
         })

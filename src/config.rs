@@ -1,6 +1,7 @@
 //! The model's sizes, checked once, and the presets.
 
 use crate::error::{Error, Result};
+use crate::optim::Schedule;
 use serde::{Deserialize, Serialize};
 
 /// The vocabulary rows are padded to a multiple of this; padded logits never take part in the softmax.
@@ -96,6 +97,10 @@ pub struct Preset {
     pub steps: u64,
     /// Learning rate at its peak.
     pub learning_rate: f64,
+    /// How it runs.
+    pub schedule: Schedule,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
     /// Steps between validations.
     pub val_every: u64,
     /// Steps between samples.
@@ -121,7 +126,17 @@ pub const GPT2_VOCAB: usize = 50257;
 pub const BYTES_VOCAB: usize = 257;
 
 const fn standard(name: &'static str, model: GptConfig, batch_size: usize) -> Preset {
-    Preset { name, model, batch_size, steps: 3000, learning_rate: 3e-4, val_every: 100, sample_every: 500 }
+    Preset {
+        name,
+        model,
+        batch_size,
+        steps: 3000,
+        learning_rate: 3e-4,
+        schedule: Schedule::Constant,
+        warmup: 0,
+        val_every: 100,
+        sample_every: 500,
+    }
 }
 
 /// Every preset, smallest first. `tinystories-51m` is the experiment's model; `toy` shows the band without being asked.
@@ -129,11 +144,13 @@ pub const PRESETS: [Preset; 7] = [
     Preset {
         name: "toy",
         model: GptConfig { fc1_bandwidth: 256, ..gpt(128, 4, 4, 128, BYTES_VOCAB) },
-        batch_size: 16,
-        steps: 300,
-        learning_rate: 2e-3,
-        val_every: 50,
-        sample_every: 100,
+        batch_size: 8,
+        steps: 800,
+        learning_rate: 3e-3,
+        schedule: Schedule::Cosine,
+        warmup: 20,
+        val_every: 100,
+        sample_every: 200,
     },
     standard("tinystories-7m", gpt(128, 4, 4, 256, GPT2_VOCAB), 16),
     standard("tinystories-51m", gpt(512, 8, 8, 512, GPT2_VOCAB), 16),

@@ -1,4 +1,5 @@
 //! Trains, evaluates and samples GPT-2 language models whose MLP layers are banded.
+pub mod atomic;
 pub mod backend;
 pub mod band;
 pub mod bench;

@@ -102,7 +102,7 @@ impl Param {
         matches!(self, Wte | Wpe | Qkvw | Attprojw | Fcw | Fcprojw)
     }
 
-    /// The dense shape of one layer's tensor: [rows, columns], or [length] with one row.
+    /// The dense shape of one layer's tensor: rows and columns; a vector is one row.
     pub fn shape(self, config: &GptConfig) -> (usize, usize) {
         let (c, w) = (config.channels, config.mlp_width());
         match self {

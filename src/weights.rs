@@ -129,7 +129,7 @@ impl Weights {
         }
         let cut = [Param::Fcw, Param::Fcprojw].map(|param| {
             let (before, after) = (self.squared_norm(param), weights.squared_norm(param));
-            if before == 0.0 { 0.0 } else { 1.0 - after / before }
+            if before == 0.0 { 0.0 } else { (1.0 - after / before).max(0.0) }
         });
         Ok((weights, cut))
     }

@@ -4,7 +4,7 @@
 //! that no second copy of the file is ever in memory. Files are written here, not by the crate, because its header comes
 //! in random order (two equal checkpoints shall be equal byte by byte) and its writer does not sync.
 
-use crate::checkpoint::atomic::{AtomicFile, SealedFile};
+use crate::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::values::{self, Encoding};
 use crate::checkpoint::{file_len, open, quoted};
 use crate::error::{Error, Result};

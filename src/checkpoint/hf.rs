@@ -4,7 +4,7 @@
 //! embedding has no padded rows, and the head is tied to it. Source of the names and fields: transformers,
 //! `modeling_gpt2.py` and `configuration_gpt2.py`.
 
-use crate::checkpoint::atomic::{AtomicFile, SealedFile};
+use crate::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, open, quoted};
 use crate::config::{GPT2_VOCAB, GptConfig, padded_vocab};

@@ -4,7 +4,7 @@
 //! [`Param::ALL`], each for all layers together. Source of the format: llm.c, `train_gpt2.py` (`write_model`) and
 //! `train_gpt2.cu` (`gpt2_build_from_checkpoint`).
 
-use crate::checkpoint::atomic::{AtomicFile, SealedFile};
+use crate::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::values::{self, Encoding};
 use crate::checkpoint::{Checked, dense_or_stored, file_len, open};
 use crate::config::GptConfig;

@@ -4,14 +4,12 @@
 //! against the file's own length before it allocates, so that no file can make the program panic or ask for more memory
 //! than the file is long (twice that for half-precision files). docs/formats.md describes the bytes.
 
-mod atomic;
 mod container;
 mod hf;
 mod llmc;
 mod safetensors;
 mod values;
 
-pub use atomic::{AtomicFile, SealedFile};
 pub use values::Encoding;
 
 use crate::config::{BYTES_VOCAB, GPT2_VOCAB, GptConfig};

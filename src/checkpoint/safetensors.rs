@@ -4,8 +4,8 @@
 //! everything needed to make sense of them, the constants of the packing included: should these change, older files are
 //! packed anew as they are read.
 
+use crate::atomic::SealedFile;
 use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
-use crate::checkpoint::atomic::SealedFile;
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::values::{self, Encoding};
 use crate::checkpoint::{Checked, Checkpoint, Meta, quoted};
@@ -76,19 +76,7 @@ struct Packing {
 impl Packing {
     /// [`Band::panels`] as they would be with these constants.
     fn panels(self, band: &Band) -> Vec<Panel> {
-        let mut offset = 0;
-        let starts = (0..band.wide()).step_by(self.panel_rows);
-        let panels = starts.map(|row_start| {
-            let rows = self.panel_rows.min(band.wide() - row_start);
-            let touched = (row_start..row_start + rows).map(|j| band.row(j)).filter(|row| !row.is_empty());
-            let window = touched.reduce(|a, b| a.start.min(b.start)..a.end.max(b.end)).unwrap_or(0..0);
-            let col_start = window.start / self.align * self.align;
-            let cols = window.end.next_multiple_of(self.align) - col_start;
-            let panel = Panel { row_start, rows, col_start, cols, offset };
-            offset += panel.len();
-            panel
-        });
-        panels.collect()
+        band.panels_with(self.panel_rows, self.align)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Weights as bytes: the element types of files, streamed to and from f32.
 
-use crate::checkpoint::atomic::AtomicFile;
+use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
 use crate::shapes::Tensor;
 use bytemuck::{Pod, Zeroable};

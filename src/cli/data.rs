@@ -21,9 +21,9 @@ pub struct DataArgs {
     /// Folder to write to; made if it is missing
     #[arg(long, short, value_name = "DIR")]
     output: PathBuf,
-    /// Tokenizer of the toy corpus: gpt2 or bytes
-    #[arg(long, default_value = "bytes", value_name = "NAME")]
-    tokenizer: String,
+    /// Tokenizer of the toy corpus
+    #[arg(long, value_enum, default_value = "bytes", value_name = "NAME")]
+    tokenizer: Tokenizer,
     /// No progress, no summary
     #[arg(long)]
     quiet: bool,
@@ -43,7 +43,7 @@ pub fn run(args: DataArgs) -> Result<()> {
     let start = Instant::now();
     match args.corpus {
         Corpus::Toy => {
-            let summary = toy::write_toy(&args.output, Tokenizer::from_name(&args.tokenizer)?)?;
+            let summary = toy::write_toy(&args.output, args.tokenizer)?;
             if args.quiet { Ok(()) } else { print_summary(&summary, start) }
         }
         Corpus::Tinystories => {

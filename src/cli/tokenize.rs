@@ -36,9 +36,9 @@ pub struct TokenizeArgs {
     /// Cut the output into files of at most this many tokens (train.bin: train_000001.bin, ...)
     #[arg(long, value_parser = parse::positive, value_name = "N")]
     shard_tokens: Option<usize>,
-    /// gpt2 or bytes
-    #[arg(long, default_value = "gpt2", value_name = "NAME")]
-    tokenizer: String,
+    /// GPT-2's BPE, or a token for each byte
+    #[arg(long, value_enum, default_value = "gpt2", value_name = "NAME")]
+    tokenizer: Tokenizer,
     /// No progress, no summary
     #[arg(long)]
     quiet: bool,
@@ -55,7 +55,7 @@ pub fn run(args: TokenizeArgs) -> Result<()> {
         output: args.output,
         validation: args.val_output.map(|output| ValidationSplit { output, fraction, seed }),
         shard_tokens: args.shard_tokens,
-        tokenizer: Tokenizer::from_name(&args.tokenizer)?,
+        tokenizer: args.tokenizer,
     };
     let (start, bar) = (Instant::now(), byte_bar(args.quiet));
     let summary = tokenize(&options, &mut |done, total| {

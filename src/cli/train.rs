@@ -77,7 +77,7 @@ pub struct TrainOptions {
     #[serde(skip_serializing_if = "Option::is_none")]
     val_data: Option<String>,
     /// Order of batches: llmc (shuffled as llm.c does) or none (as they lie) [default: llmc]
-    #[arg(long, value_parser = shuffle, value_name = "ORDER", help_heading = "Data")]
+    #[arg(long, value_enum, value_name = "ORDER", help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     shuffle: Option<Shuffle>,
 
@@ -106,11 +106,11 @@ pub struct TrainOptions {
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     learning_rate: Option<f64>,
-    /// How the learning rate runs [default: constant]
+    /// How the learning rate runs [default: constant; toy: cosine]
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Training")]
     #[serde(skip_serializing_if = "Option::is_none")]
     schedule: Option<Schedule>,
-    /// Steps of linear warm-up [default: 0]
+    /// Steps of linear warm-up [default: 0; toy: 20]
     #[arg(long, value_parser = parse::steps, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     warmup: Option<u64>,
@@ -197,14 +197,6 @@ pub struct TrainOptions {
 
 fn is_false(value: &bool) -> bool {
     !value
-}
-
-fn shuffle(text: &str) -> std::result::Result<Shuffle, String> {
-    match text {
-        "llmc" => Ok(Shuffle::Llmc),
-        "none" => Ok(Shuffle::None),
-        _ => Err("choose llmc or none".to_string()),
-    }
 }
 
 /// Takes each named field from the other options where it is open here.
@@ -388,8 +380,8 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
         seq_len,
         grad_accum: *options.grad_accum.get_or_insert(1),
         learning_rate: *options.learning_rate.get_or_insert(defaults.learning_rate),
-        schedule: *options.schedule.get_or_insert(Schedule::Constant),
-        warmup: *options.warmup.get_or_insert(0),
+        schedule: *options.schedule.get_or_insert(defaults.schedule),
+        warmup: *options.warmup.get_or_insert(defaults.warmup),
         hyper: Hyperparameters {
             beta1: *options.beta1.get_or_insert(recipe.beta1),
             beta2: *options.beta2.get_or_insert(recipe.beta2),

@@ -1,5 +1,4 @@
 //! From text to batches: tokenizers, token files, the loader, TinyStories and the built-in toy corpus.
-mod atomic;
 pub mod loader;
 mod paths;
 pub mod shard;

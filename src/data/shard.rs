@@ -1,7 +1,7 @@
 //! llm.c's token files: a header of 256 little-endian int32 (20240520, 1, number of tokens, zeros), then one uint16 per
 //! token.
 
-use crate::data::atomic::{AtomicFile, SealedFile};
+use crate::atomic::{AtomicFile, SealedFile};
 use crate::error::{Error, Result};
 use memmap2::Mmap;
 use rayon::prelude::*;

@@ -3,7 +3,7 @@
 //! Text is read in blocks, each block's documents are encoded in parallel, and their tokens are written in order, so the
 //! outputs depend on neither the number of threads nor the size of a block, and memory stays small.
 
-use crate::data::atomic::SealedFile;
+use crate::atomic::SealedFile;
 use crate::data::paths::has_extension;
 use crate::data::shard::TokenWriter;
 use crate::data::tokenizer::{END_OF_TEXT, Tokenizer, is_incomplete, last_cut};

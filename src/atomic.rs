@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use tempfile::{NamedTempFile, TempPath};
 
@@ -50,6 +50,15 @@ impl AtomicFile {
         self.writer.write_all(bytes).map_err(Error::io("write", &self.path))
     }
 
+    /// Overwrites the start of the file: a header whose contents are known only at the end.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write_start(&mut self, bytes: &[u8]) -> Result<()> {
+        let writer = &mut self.writer;
+        writer.seek(SeekFrom::Start(0)).and_then(|_| writer.write_all(bytes)).map_err(Error::io("write", &self.path))
+    }
+
     /// Brings everything to the disk and closes the file.
     ///
     /// # Errors
@@ -62,6 +71,11 @@ impl AtomicFile {
 }
 
 impl SealedFile {
+    /// Where the file will appear.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Gives the file its name, replacing an older one in a single step.
     ///
     /// # Errors
@@ -114,6 +128,17 @@ mod tests {
         drop(AtomicFile::create(&path).unwrap().seal().unwrap());
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_start_written_last_stands_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens.bin");
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.append(b"____body").unwrap();
+        file.write_start(b"head").unwrap();
+        file.seal().unwrap().publish().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"headbody");
     }
 
     #[test]
