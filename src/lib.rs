@@ -1,4 +1,31 @@
 //! Trains, evaluates and samples GPT-2 language models whose MLP layers are banded.
+//!
+//! The program `bandtrain` is a thin layer over this library. A model is a [`config::GptConfig`], its
+//! [`weights::Weights`] in host memory and a [`model::Model`] on a [`backend::Backend`]:
+//!
+//! ```
+//! use bandtrain::backend::cpu::Cpu;
+//! use bandtrain::config::preset;
+//! use bandtrain::model::{Activations, Model};
+//! use bandtrain::optim::{Optimizer, Recipe};
+//! use bandtrain::weights::Weights;
+//!
+//! # fn main() -> bandtrain::Result<()> {
+//! let weights = Weights::init(&preset("toy")?.model, 42)?;
+//! let mut model = Model::new(Cpu::new(), &weights)?;
+//! let mut acts = Activations::new(&mut model, 1, 4, true)?;
+//! let mut optimizer = Optimizer::new(&mut model)?;
+//! model.upload_batch(&mut acts, &[72, 101, 108, 108], &[101, 108, 108, 111])?;
+//! optimizer.micro_step(&mut model, &mut acts, 0, 1)?;
+//! let step = optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 3e-4)?;
+//! let (loss, _norm) = step.collect(&mut model)?;
+//! assert!((loss - 257f32.ln()).abs() < 1.0); // a fresh model knows nothing
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! ARCHITECTURE.md is the map of the code.
+
 pub mod atomic;
 pub mod backend;
 pub mod band;

@@ -627,7 +627,7 @@ pub trait AdamW: Device {
     /// The device failed.
     fn grad_norm(&mut self, norm: &mut Self::Buffer, grads: &Self::Buffer) -> Result<()>;
 
-    /// With g the gradient times min(1, clip / norm[0]): `m = b1*m + (1-b1)*g`, `v = b2*v + (1-b2)*g^2`,
+    /// With g the gradient times min(1, clip / norm): `m = b1*m + (1-b1)*g`, `v = b2*v + (1-b2)*g^2`,
     /// `p -= lr * (m/(1-b1^step) / (sqrt(v/(1-b2^step)) + eps) + decay*p)`. Where p, m, v and g are 0 (outside a band)
     /// p stays exactly 0.
     ///
