@@ -6,6 +6,7 @@ use crate::backend::{HeadDims, Loss, Write};
 use crate::error::Result;
 use crate::shapes::Span;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Rows whose logits exist at one time.
 pub(super) const CHUNK_ROWS: usize = 256;
@@ -20,17 +21,9 @@ impl Loss for Cpu {
         targets: &Vec<u32>,
         dims: HeadDims,
     ) -> Result<()> {
-        let HeadDims { rows, channels: c, vocab: v, .. } = dims;
+        let HeadDims { channels: c, vocab: v, .. } = dims;
         let wte = Mat::new(&params[wte.range()], v, c, c);
-        let mut logits = vec![0.0; CHUNK_ROWS.min(rows) * v];
-        for first in (0..rows).step_by(CHUNK_ROWS) {
-            let chunk = CHUNK_ROWS.min(rows - first);
-            let logits = &mut logits[..chunk * v];
-            chunk_logits(logits, &x[first * c..], wte, chunk, dims);
-            (&mut losses[first..first + chunk], &targets[first..first + chunk], logits.par_chunks_mut(v))
-                .into_par_iter()
-                .for_each(|(loss, &target, logits)| *loss = cross_entropy(logits, target as usize, 0.0));
-        }
+        by_chunks(losses, x, wte, targets, dims, 0.0, |_, _| ());
         Ok(())
     }
 
@@ -47,26 +40,19 @@ impl Loss for Cpu {
         scale: f32,
         write: Write,
     ) -> Result<()> {
-        let HeadDims { rows, channels: c, vocab: v, .. } = dims;
+        let HeadDims { channels: c, vocab: v, .. } = dims;
         let dwte = &mut grads[wte.range()];
         if write == Write::Set {
             dwte.par_chunks_mut(1 << 14).for_each(|chunk| chunk.fill(0.0));
         }
         let wte = Mat::new(&params[wte.range()], v, c, c);
-        let mut logits = vec![0.0; CHUNK_ROWS.min(rows) * v];
-        for first in (0..rows).step_by(CHUNK_ROWS) {
-            let chunk = CHUNK_ROWS.min(rows - first);
-            let logits = &mut logits[..chunk * v];
-            chunk_logits(logits, &x[first * c..], wte, chunk, dims);
-            (&mut losses[first..first + chunk], &targets[first..first + chunk], logits.par_chunks_mut(v))
-                .into_par_iter()
-                .for_each(|(loss, &target, logits)| *loss = cross_entropy(logits, target as usize, scale));
-            let dlogits = Mat::new(logits, chunk, v, v);
-            let dx = MatMut::new(&mut dx[first * c..], chunk, c, c);
+        by_chunks(losses, x, wte, targets, dims, scale, |rows, dlogits| {
+            let dlogits = Mat::new(dlogits, rows.len(), v, v);
+            let dx = MatMut::new(&mut dx[rows.start * c..], rows.len(), c, c);
             multiply(dx, dlogits, wte, Into::Set, Threads::All);
-            let x = Mat::new(&x[first * c..], chunk, c, c);
+            let x = Mat::new(&x[rows.start * c..], rows.len(), c, c);
             multiply(MatMut::new(dwte, v, c, c), dlogits.t(), x, Into::Add, Threads::All);
-        }
+        });
         Ok(())
     }
 
@@ -99,6 +85,30 @@ impl Loss for Cpu {
             Write::Add => (f64::from(total[0]) + sum) as f32,
         };
         Ok(())
+    }
+}
+
+/// The losses of all rows, [`CHUNK_ROWS`] at a time; `then` receives each chunk's rows and the gradient of `scale * sum of
+/// losses` with respect to its logits.
+fn by_chunks(
+    losses: &mut [f32],
+    x: &[f32],
+    wte: Mat<'_>,
+    targets: &[u32],
+    dims: HeadDims,
+    scale: f32,
+    mut then: impl FnMut(Range<usize>, &[f32]),
+) {
+    let HeadDims { rows, channels: c, vocab: v, .. } = dims;
+    let mut logits = vec![0.0; CHUNK_ROWS.min(rows) * v];
+    for first in (0..rows).step_by(CHUNK_ROWS) {
+        let chunk = first..(first + CHUNK_ROWS).min(rows);
+        let logits = &mut logits[..chunk.len() * v];
+        chunk_logits(logits, &x[first * c..], wte, chunk.len(), dims);
+        (&mut losses[chunk.clone()], &targets[chunk.clone()], logits.par_chunks_mut(v))
+            .into_par_iter()
+            .for_each(|(loss, &target, logits)| *loss = cross_entropy(logits, target as usize, scale));
+        then(chunk, logits);
     }
 }
 
