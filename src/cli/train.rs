@@ -469,9 +469,13 @@ fn describe(
         grouped(train.batches_per_epoch())
     ))?;
     reporter.note(&format!(
-        "training: {steps} steps of {grad_accum} batches, learning rate {learning_rate:e} {schedule:?} (warm-up {warmup}), \
-         beta {}/{}, decay {}, clip {}",
-        hyper.beta1, hyper.beta2, hyper.weight_decay, hyper.grad_clip
+        "training: {steps} steps of {grad_accum} x {batch_size} x {seq_len} tokens, learning rate {learning_rate:e} \
+         {} (warm-up {warmup}), beta {}/{}, decay {}, clip {}",
+        format!("{schedule:?}").to_lowercase(),
+        hyper.beta1,
+        hyper.beta2,
+        hyper.weight_decay,
+        hyper.grad_clip
     ))?;
     reporter.note(&format!("device: {device}, fp32"))
 }
