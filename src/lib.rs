@@ -6,6 +6,7 @@ pub mod data;
 pub mod error;
 pub mod model;
 pub mod optim;
+pub mod parity;
 pub mod shapes;
 pub mod tolerance;
 pub mod weights;

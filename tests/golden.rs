@@ -114,7 +114,7 @@ impl Golden {
     }
 }
 
-fn check<B: Backend>(backend: B, name: &str, unit: f64) {
+pub fn check<B: Backend>(backend: B, name: &str, unit: f64) {
     let golden = Golden::load(name);
     let (config, t) = (golden.config, golden.config.max_seq_len);
     let mut model = Model::new(backend, &golden.weights).unwrap();
