@@ -114,6 +114,7 @@ impl Golden {
     }
 }
 
+/// Holds a backend against a golden run: logits, gradients, losses, norms and parameters.
 pub fn check<B: Backend>(backend: B, name: &str, unit: f64) {
     let golden = Golden::load(name);
     let (config, t) = (golden.config, golden.config.max_seq_len);
