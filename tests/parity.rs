@@ -5,7 +5,7 @@
 mod golden;
 
 use bandtrain::backend::cpu::Cpu;
-use bandtrain::backend::wgpu::{Options, Wgpu, adapters};
+use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu, adapters};
 use bandtrain::config::{GptConfig, preset};
 use bandtrain::model::{Activations, Model};
 use bandtrain::optim::{Optimizer, Recipe};
@@ -43,14 +43,21 @@ fn every_operation_agrees_with_the_reference() {
     check_parity(&checked());
 }
 
+/// The kernels of graphics hardware, wherever this runs, sums shared out as on a large card.
 #[test]
-fn every_operation_agrees_without_bounds_checks() {
-    check_parity(&Options::default());
+fn every_operation_agrees_with_a_cards_kernels() {
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete)), ..Options::default() });
+}
+
+/// The large tiles, which results as small as these get on an adapter that is soon busy.
+#[test]
+fn every_operation_agrees_with_large_tiles() {
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete).with_busy_groups(1)), ..checked() });
 }
 
 #[test]
 fn every_operation_agrees_within_the_default_limits() {
-    check_parity(&Options { default_limits: true, ..checked() });
+    check_parity(&Options { default_limits: true, ..Options::default() });
 }
 
 /// What exceeds a binding goes through in chunks; a binding of 16 KiB makes nearly everything exceed it.

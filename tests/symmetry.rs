@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What is no operation: a backend's machinery, and what kernels share.
-const HELPERS: [&str; 8] = ["mod", "common", "matrix", "reduce", "device", "buffer", "pipelines", "recorder"];
+const HELPERS: [&str; 9] = ["mod", "common", "matrix", "reduce", "device", "buffer", "pipelines", "recorder", "tuning"];
 
 /// Stems of the files with this extension in a folder.
 fn stems(folder: &str, extension: &str) -> BTreeSet<String> {

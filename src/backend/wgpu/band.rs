@@ -2,21 +2,13 @@
 
 use super::buffer::{Buffer, row_chunks};
 use super::gelu::Gelu;
-use super::matrix::{Tile, shares};
 use super::pipelines::Kernel;
+use super::tuning::{TUNINGS, Tile};
 use super::{Wgpu, add_word};
 use crate::backend::{BandLinear, BiasGrad, Expansion, Write};
-use crate::band::{Band, COLUMN_TILE, PANEL_ROWS};
+use crate::band::Band;
 use crate::error::Result;
 use crate::shapes::Span;
-
-/// Tiles of expand and contract by falling size, as wide as a panel has rows and a column tile columns; the smaller one is
-/// for few rows.
-const TILES: [Tile; 2] =
-    [Tile { bm: 128, bn: PANEL_ROWS, bk: 16, tm: 8, tn: 4 }, Tile { bm: 32, bn: COLUMN_TILE, bk: 16, tm: 4, tn: 4 }];
-/// The tile of outer: a panel's rows times as many columns of its window.
-const OUTER: Tile = Tile { bm: PANEL_ROWS, bn: OUTER_COLS, bk: 16, tm: 8, tn: 4 };
-const OUTER_COLS: usize = 64;
 
 /// A band's geometry on the device: [`Band::table`], and after it the tiles of the outer product as pairs of a panel and
 /// the tile's first column in the panel's window.
@@ -42,21 +34,21 @@ fn product_kernel(entry: &'static str, tile: Tile, vec: u32, bias: bool, gelu: (
     Kernel::new("band", entry, &tile.variables()).with(&[("vec", vec), ("bias", u32::from(bias)), gelu])
 }
 
-fn outer_kernel(vec: u32) -> Kernel {
-    Kernel::new("band", "band_outer", &OUTER.variables()).with(&[("vec", vec)])
+fn outer_kernel(tile: Tile, vec: u32) -> Kernel {
+    Kernel::new("band", "band_outer", &tile.variables()).with(&[("vec", vec)])
 }
 
 /// Every instantiation.
 pub(super) fn kernels() -> Vec<Kernel> {
     let mut kernels = Vec::new();
-    for vec in [0, 1] {
-        for tile in TILES {
+    for (tuning, vec) in TUNINGS.iter().flat_map(|tuning| [(tuning, 0), (tuning, 1)]) {
+        for tile in tuning.band {
             kernels.push(product_kernel("band_expand", tile, vec, true, ("gelu", 1)));
             kernels.push(product_kernel("band_expand", tile, vec, false, ("gelu_backward", 1)));
             kernels.push(product_kernel("band_contract", tile, vec, true, ("gelu", 0)));
             kernels.push(product_kernel("band_contract", tile, vec, false, ("gelu", 0)));
         }
-        kernels.push(outer_kernel(vec));
+        kernels.push(outer_kernel(tuning.outer, vec));
     }
     kernels
 }
@@ -79,7 +71,8 @@ struct Product<'a> {
 impl Wgpu {
     fn band_product(&mut self, table: &Table, product: Product<'_>) -> Result<()> {
         let Product { y, x, y_cols, x_cols, params, rows, .. } = product;
-        let tile = TILES[usize::from(rows <= TILES[1].bm)];
+        let [many, few] = self.tuning.band;
+        let tile = if rows <= few.bm { few } else { many };
         let (vec, gelu) = (table.by_fours(), product.gelu);
         let kernel = product_kernel(product.entry, tile, vec, product.bias.is_some(), gelu.flag());
         // The work of a group on average.
@@ -109,7 +102,7 @@ impl BandLinear for Wgpu {
         let mut words = band.table();
         let outer_at = words.len();
         for (index, panel) in band.panels().iter().enumerate() {
-            for col in (0..panel.cols).step_by(OUTER_COLS) {
+            for col in (0..panel.cols).step_by(self.tuning.outer.bn) {
                 words.extend([index as u32, col as u32]);
             }
         }
@@ -198,11 +191,12 @@ impl BandLinear for Wgpu {
             BiasGrad::Wide(span) => self.column_sums(grads.write(span), wide, rows, write)?,
             BiasGrad::Narrow(span) => self.column_sums(grads.write(span), narrow, rows, write)?,
         }
-        let kernel = outer_kernel(table.by_fours());
+        let tile = self.tuning.outer;
+        let kernel = outer_kernel(tile, table.by_fours());
         for (first, count) in row_chunks(rows, table.wide, self.binding_len()) {
             let write = if first == 0 { write } else { Write::Add };
             let part = |cols: usize| Span { offset: first * cols, len: count * cols };
-            let (share_count, depth) = shares(table.outer_tiles, count, self.gpu.info.kind.busy_groups());
+            let (share_count, depth) = self.tuning.shares(table.outer_tiles, count);
             let stride = if share_count > 1 { table.packed_len } else { 0 };
             let parts = match share_count {
                 1 => None,
@@ -220,7 +214,7 @@ impl BandLinear for Wgpu {
             ];
             let words = [count, table.outer_tiles, table.outer_at, depth, stride, 0].map(|word| word as u32);
             let words = [&words[..5], &[add_word(target_write)]].concat();
-            self.dispatch(&kernel, &binds, &words, share_count * table.outer_tiles, OUTER.flops(depth.min(count)))?;
+            self.dispatch(&kernel, &binds, &words, share_count * table.outer_tiles, tile.flops(depth.min(count)))?;
             if let Some(parts) = &parts {
                 self.add_parts(grads.write(panels), parts, 0, table.packed_len, share_count, write)?;
             }

@@ -1,5 +1,6 @@
 //! Adapters: which there are, which one to take, and opening it with the limits and the error handling we need.
 
+use super::tuning::Tuning;
 use crate::error::{Error, Result};
 use std::sync::{Arc, Mutex};
 use wgpu::{Backends, DeviceType, Limits};
@@ -38,25 +39,6 @@ impl AdapterKind {
             Self::Virtual => "virtual",
             Self::Other => "other",
             Self::Software => "software",
-        }
-    }
-
-    /// FLOP/s that a slow adapter of this kind reaches: work is cut into dispatches by it, so that none runs for long.
-    pub(super) fn slow_flops(self) -> f64 {
-        match self {
-            Self::Discrete => 1e12,
-            Self::Integrated | Self::Virtual => 1e11,
-            Self::Other => 5e10,
-            Self::Software => 8e9,
-        }
-    }
-
-    /// Workgroups from which on such an adapter is busy: tiles are made smaller, or sums shared out, to get as many.
-    pub(super) fn busy_groups(self) -> usize {
-        match self {
-            Self::Discrete => 256,
-            Self::Integrated | Self::Virtual | Self::Other => 64,
-            Self::Software => 4,
         }
     }
 }
@@ -114,6 +96,8 @@ pub struct Options {
     pub adapter: Option<String>,
     /// Stay within WebGPU's default limits, whatever the adapter offers (buffers as such may be as large as it allows).
     pub default_limits: bool,
+    /// Tiles and the like that suit the adapter; those of its kind when `None`.
+    pub tuning: Option<Tuning>,
     /// Give kernels no more than this many bytes of a buffer at once where they can do with less: for tests of the chunks
     /// that large models are worked through in.
     pub binding_bytes: Option<u64>,

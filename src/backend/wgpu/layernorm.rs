@@ -14,7 +14,7 @@ const FEW_SLOTS: usize = 4;
 /// The kernel `entry` for rows of `channels`, and how many lanes a row has.
 fn kernel(entry: &'static str, channels: usize) -> (Kernel, usize) {
     let (vec, lanes) = lanes(channels);
-    let threads: usize = if lanes <= 64 * FEW_SLOTS { 64 } else { 256 };
+    let threads: usize = [32, 64].into_iter().find(|threads| lanes <= threads * FEW_SLOTS).unwrap_or(256);
     let slots = lanes.div_ceil(threads);
     let variables = [("lanes", 1), ("sums", 1), ("vec", vec), ("threads", threads as u32), ("slots", slots as u32)];
     (Kernel::new("layernorm", entry, &variables), lanes)

@@ -3,8 +3,9 @@
 use super::Wgpu;
 use super::buffer::{Buffer, row_chunks};
 use super::gelu::Gelu;
-use super::matrix::{Epilogue, Matrix, Operand, PLAIN, TILES, kernel};
+use super::matrix::{Epilogue, Matrix, Operand, PLAIN, kernel};
 use super::pipelines::Kernel;
+use super::tuning::TUNINGS;
 use crate::backend::{Affine, Linear, LinearDims, Write};
 use crate::error::Result;
 use crate::shapes::Span;
@@ -81,7 +82,7 @@ pub(super) fn kernels() -> Vec<Kernel> {
     let products = forward.into_iter().chain(backward).chain([([1, 1], PLAIN)]);
     let mut kernels = Vec::new();
     for (across, (bias, gelu)) in products {
-        for tile in TILES {
+        for tile in TUNINGS.iter().flat_map(|tuning| tuning.dense) {
             for by_fours in [[true; 3], [true, true, false], [true, false, false], [false, true, false], [false; 3]] {
                 kernels.push(kernel(tile, across, by_fours, bias, gelu));
             }

@@ -10,7 +10,9 @@ use crate::backend::{HeadDims, Loss, Write};
 use crate::error::Result;
 use crate::shapes::Span;
 
+/// Threads of a workgroup: of one that sums losses or takes a row of a large vocabulary, and of one for small rows.
 const THREADS: usize = 256;
+const FEW_THREADS: usize = 64;
 /// Logits that exist at one time, at most: 128 MiB.
 const MAX_LOGITS: usize = 1 << 25;
 
@@ -29,8 +31,9 @@ pub(super) fn logits_len(dims: HeadDims, limit: usize) -> usize {
     chunks(dims, limit).map(|(_, rows)| rows).max().unwrap_or(0) * stride(dims)
 }
 
-fn cross_entropy_kernel(gradient: bool) -> Kernel {
-    let variables = [("sums", 1), ("threads", THREADS as u32), ("gradient", u32::from(gradient))];
+fn cross_entropy_kernel(vocab: usize, gradient: bool) -> Kernel {
+    let threads = if vocab <= 4 * 4 * FEW_THREADS { FEW_THREADS } else { THREADS };
+    let variables = [("sums", 1), ("threads", threads as u32), ("gradient", u32::from(gradient))];
     Kernel::new("loss", "cross_entropy", &variables)
 }
 
@@ -40,7 +43,8 @@ fn sum_kernel() -> Kernel {
 
 /// Every instantiation.
 pub(super) fn kernels() -> Vec<Kernel> {
-    vec![cross_entropy_kernel(false), cross_entropy_kernel(true), sum_kernel()]
+    let losses = |vocab| [cross_entropy_kernel(vocab, false), cross_entropy_kernel(vocab, true)];
+    [257, 50257].into_iter().flat_map(losses).chain([sum_kernel()]).collect()
 }
 
 /// The head's operands.
@@ -75,7 +79,7 @@ impl Wgpu {
         let sizes = [logits.rows, head.dims.vocab, logits.stride].map(|word| word as u32);
         let words = [&sizes[..], &[scale.unwrap_or(0.0).to_bits(), 0]].concat();
         let flops = 10.0 * logits.stride as f64;
-        self.dispatch(&cross_entropy_kernel(scale.is_some()), &binds, &words, logits.rows, flops)
+        self.dispatch(&cross_entropy_kernel(head.dims.vocab, scale.is_some()), &binds, &words, logits.rows, flops)
     }
 }
 

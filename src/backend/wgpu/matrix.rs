@@ -1,8 +1,9 @@
-//! Dense products of matrices that lie anywhere in device memory: tiles, shares of a long sum, and the dispatch.
+//! Dense products of matrices that lie anywhere in device memory, tiled, and a deep one's sums shared out.
 
 use super::buffer::{Buffer, aligned};
 use super::gelu::Gelu;
 use super::pipelines::Kernel;
+use super::tuning::Tile;
 use super::{Wgpu, add_word};
 use crate::backend::Write;
 use crate::error::{Error, Result};
@@ -73,69 +74,6 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// What a workgroup computes, and what a thread of it: see `shaders/matrix.wgsl`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Tile {
-    pub(super) bm: usize,
-    pub(super) bn: usize,
-    pub(super) bk: usize,
-    pub(super) tm: usize,
-    pub(super) tn: usize,
-}
-
-/// Tiles by falling size. The first was the fastest of those that fit 16 KiB and 256 threads on an H100 through Vulkan
-/// (34 TFLOP/s at 4096^3); the others are for results too small to keep an adapter busy with it.
-pub(super) const TILES: [Tile; 3] = [
-    Tile { bm: 64, bn: 128, bk: 16, tm: 8, tn: 4 },
-    Tile { bm: 64, bn: 64, bk: 16, tm: 8, tn: 4 },
-    Tile { bm: 32, bn: 32, bk: 16, tm: 4, tn: 4 },
-];
-
-impl Tile {
-    pub(super) fn variables(self) -> [(&'static str, u32); 6] {
-        let Tile { bm, bn, bk, tm, tn } = self;
-        let threads = (bm / tm) * (bn / tn);
-        [("bm", bm), ("bn", bn), ("bk", bk), ("tm", tm), ("tn", tn), ("threads", threads)]
-            .map(|(name, value)| (name, value as u32))
-    }
-
-    /// Tiles of a result.
-    pub(super) fn count(self, rows: usize, cols: usize) -> usize {
-        rows.div_ceil(self.bm) * cols.div_ceil(self.bn)
-    }
-
-    /// FLOPs of one tile over `depth`.
-    pub(super) fn flops(self, depth: usize) -> f64 {
-        2.0 * (self.bm * self.bn) as f64 * depth as f64
-    }
-
-    /// The largest tile of which a result has enough to keep the adapter busy, else the smallest.
-    fn for_result(rows: usize, cols: usize, busy: usize) -> Self {
-        TILES.into_iter().find(|tile| tile.count(rows, cols) >= busy).unwrap_or(TILES[TILES.len() - 1])
-    }
-
-    /// The largest tile that a result fills.
-    fn filled_by(rows: usize, cols: usize) -> Self {
-        TILES.into_iter().find(|tile| rows >= tile.bm && cols >= tile.bn).unwrap_or(TILES[TILES.len() - 1])
-    }
-}
-
-/// Depth that a share of a sum has at least: less is not worth the sum over shares.
-const SHARE_DEPTH: usize = 256;
-
-/// Into how many shares to cut sums of `depth` products so that `tiles` tiles keep the adapter busy; and each one's depth.
-pub(super) fn shares(tiles: usize, depth: usize, busy: usize) -> (usize, usize) {
-    let wanted = busy.div_ceil(tiles.max(1)).min(depth / SHARE_DEPTH).max(1);
-    let share = depth.div_ceil(wanted).next_multiple_of(16);
-    (depth.div_ceil(share).max(1), share)
-}
-
-/// The most elements that the shares of one product take.
-pub(super) fn most_shares(busy: usize) -> usize {
-    // There are fewer than busy + tiles tiles in all shares, and no more shares than 2 once tiles reach half of busy.
-    2 * busy * TILES[0].bm * TILES[0].bn
-}
-
 /// What follows a product.
 #[derive(Clone, Copy)]
 pub(super) struct Epilogue<'a> {
@@ -166,7 +104,7 @@ impl Wgpu {
         epilogue: Epilogue<'_>,
         write: Write,
     ) -> Result<()> {
-        let tile = Tile::for_result(out.rows, out.cols, self.gpu.info.kind.busy_groups());
+        let tile = self.tuning.for_result(out.rows, out.cols);
         let depth = left.extents().1;
         self.tiled_product(out, left, right, epilogue, write, Cut { tile, shares: 1, share_depth: depth })
     }
@@ -180,9 +118,8 @@ impl Wgpu {
         right: Operand<'_>,
         write: Write,
     ) -> Result<()> {
-        let tile = Tile::filled_by(out.rows, out.cols);
-        let busy = self.gpu.info.kind.busy_groups();
-        let (count, share_depth) = shares(tile.count(out.rows, out.cols), left.extents().1, busy);
+        let tile = self.tuning.filled_by(out.rows, out.cols);
+        let (count, share_depth) = self.tuning.shares(tile.count(out.rows, out.cols), left.extents().1);
         let cut = Cut { tile, shares: count, share_depth };
         if count == 1 {
             return self.tiled_product(out, left, right, PLAIN, write, cut);
@@ -269,26 +206,4 @@ pub(super) fn kernel(
         ("bias", u32::from(bias)),
         gelu,
     ])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_cover_the_depth_and_no_more() {
-        for (tiles, depth, busy) in [(96, 8192, 256), (1, 8192, 256), (1000, 8192, 256), (4, 100, 256), (1, 1, 4)] {
-            let (count, share) = shares(tiles, depth, busy);
-            assert!(share % 16 == 0 && count * share >= depth && (count - 1) * share < depth, "{tiles} {depth}");
-        }
-        assert_eq!(shares(96, 8192, 256), (3, 2736));
-        assert_eq!(shares(96, 8192, 4).0, 1);
-    }
-
-    #[test]
-    fn small_results_get_small_tiles() {
-        assert_eq!(Tile::for_result(8192, 1536, 256), TILES[0]);
-        assert_eq!(Tile::for_result(39, 40, 4), TILES[2]);
-        assert_eq!(Tile::filled_by(64, 100), TILES[1]);
-    }
 }

@@ -19,6 +19,7 @@ mod matrix;
 mod pipelines;
 mod recorder;
 mod reduce;
+mod tuning;
 
 pub use band::Table;
 pub use buffer::Buffer;
@@ -26,6 +27,7 @@ pub use device::{AdapterInfo, AdapterKind, Options, adapters};
 pub use embed::Tokens;
 pub use pipelines::{Element, Kernel, dump_shaders};
 pub use recorder::Pending;
+pub use tuning::Tuning;
 
 use super::{Device, HeadDims, Role, SequenceDims, Write};
 use crate::error::{Error, Result};
@@ -48,6 +50,7 @@ pub struct Wgpu {
     pipelines: Pipelines,
     recorder: Recorder,
     graveyard: Graveyard,
+    tuning: Tuning,
     binding_bytes: u64,
     next_id: u64,
     scratch: HashMap<&'static str, Buffer>,
@@ -77,10 +80,11 @@ impl Wgpu {
     pub fn new(options: &Options) -> Result<Self> {
         let gpu = device::open(options)?;
         let graveyard = Graveyard::default();
-        let recorder = Recorder::new(&gpu, graveyard.clone());
+        let tuning = options.tuning.unwrap_or(Tuning::of(gpu.info.kind));
+        let recorder = Recorder::new(&gpu, tuning.slow_flops, graveyard.clone());
         let pipelines = Pipelines::new(options.checked)?;
         let binding_bytes = options.binding_bytes.unwrap_or(u64::MAX).max(MIN_BINDING_BYTES);
-        Ok(Self { gpu, pipelines, recorder, graveyard, binding_bytes, next_id: 0, scratch: HashMap::new() })
+        Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch: HashMap::new() })
     }
 
     /// The adapter it runs on.
@@ -191,7 +195,7 @@ impl Device for Wgpu {
     fn scratch_bytes(&self, dims: HeadDims, sequence: SequenceDims) -> usize {
         let logits = loss::logits_len(dims, self.binding_len());
         let delta = sequence.rows() * sequence.heads;
-        let shares = matrix::most_shares(self.gpu.info.kind.busy_groups()) + reduce::most_parts(4 * dims.channels);
+        let shares = self.tuning.most_shares() + reduce::most_parts(4 * dims.channels);
         (logits + delta + shares) * size_of::<f32>()
     }
 

@@ -61,6 +61,7 @@ pub(super) struct Recorder {
     parameters: wgpu::Buffer,
     arena: Vec<u8>,
     flops: f64,
+    slow_flops: f64,
     recording: Option<Recording>,
     groups: HashMap<GroupKey, wgpu::BindGroup>,
     graveyard: Graveyard,
@@ -69,7 +70,7 @@ pub(super) struct Recorder {
 }
 
 impl Recorder {
-    pub(super) fn new(gpu: &Gpu, graveyard: Graveyard) -> Self {
+    pub(super) fn new(gpu: &Gpu, slow_flops: f64, graveyard: Graveyard) -> Self {
         let parameters = gpu.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("kernel parameters"),
             size: (MAX_DISPATCHES * PARAMETER_BYTES) as u64,
@@ -80,6 +81,7 @@ impl Recorder {
             parameters,
             arena: Vec::new(),
             flops: 0.0,
+            slow_flops,
             recording: None,
             groups: HashMap::new(),
             graveyard,
@@ -102,7 +104,7 @@ impl Recorder {
             self.groups.insert(key.clone(), group);
         }
         let per_dimension = gpu.limits.max_compute_workgroups_per_dimension as usize;
-        let budget = DISPATCH_SECONDS * gpu.info.kind.slow_flops();
+        let budget = DISPATCH_SECONDS * self.slow_flops;
         let most = ((budget / flops.max(1.0)) as usize).clamp(1, per_dimension * per_dimension);
         for first in (0..groups).step_by(most) {
             let end = groups.min(first + most);
@@ -120,7 +122,7 @@ impl Recorder {
     /// Submits what is recorded when one more dispatch of `flops` would be too much.
     fn make_room(&mut self, gpu: &Gpu, flops: f64) -> Result<()> {
         let full = self.arena.len() == MAX_DISPATCHES * PARAMETER_BYTES;
-        if full || self.flops + flops > SUBMISSION_SECONDS * gpu.info.kind.slow_flops() {
+        if full || self.flops + flops > SUBMISSION_SECONDS * self.slow_flops {
             self.submit(gpu)?;
         }
         self.flops += flops;
