@@ -25,6 +25,20 @@ impl Tolerance {
         Self(LAMBDA * unit * (lengths.into_iter().sum::<usize>() as f64).sqrt())
     }
 
+    /// The same when the result besides goes through exponentials of arguments up to `argument` in magnitude, which a GPU
+    /// may get wrong by 3 + 2 |x| ULP (WebGPU, "Accuracy of builtin functions"); a ULP is two round-offs.
+    pub fn with_exp(self, argument: f64) -> Self {
+        Self(self.0.hypot((3.0 + 2.0 * argument) * 2.0 * UNIT_F32))
+    }
+
+    /// The same when the result besides goes through GELU or its derivative. 1 + tanh(u), from exp(-2 |u|), is off by an
+    /// exponential near |u| = 1 and a few quotients; where it cancels its error is one of 1, not of itself, and is
+    /// multiplied with |x| up to 4, so it counts against the root mean square.
+    pub fn with_gelu(self) -> Self {
+        let Self(rest) = self.with_exp(2.0);
+        Self(rest.hypot(16.0 * 2.0 * UNIT_F32))
+    }
+
     /// The tolerance of a model's forward pass over sequences of T tokens: every layer's five products and two
     /// LayerNorms, and the head.
     pub fn of_forward(unit: f64, config: &GptConfig, t: usize) -> Self {

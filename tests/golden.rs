@@ -114,7 +114,8 @@ impl Golden {
     }
 }
 
-fn check<B: Backend>(backend: B, name: &str, unit: f64) {
+/// Holds a backend against a golden run: logits, gradients, losses, norms and parameters.
+pub fn check<B: Backend>(backend: B, name: &str, unit: f64) {
     let golden = Golden::load(name);
     let (config, t) = (golden.config, golden.config.max_seq_len);
     let mut model = Model::new(backend, &golden.weights).unwrap();

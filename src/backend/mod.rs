@@ -10,6 +10,7 @@
 //! flat gradient buffer, laid out as the parameters are; [`Write`] says whether it is set or added to.
 
 pub mod cpu;
+pub mod wgpu;
 
 use crate::band::Band;
 use crate::error::Result;

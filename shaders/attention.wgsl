@@ -1,0 +1,332 @@
+// Causal multi-head attention without a matrix of T x T: softmax on the way, its log-sum-exp kept for the way back
+// (Dao et al. 2022, "FlashAttention").
+//
+//   attention_forward          S = scale Q K^T where key <= query; out = softmax(S) V; lse = log sum exp S
+//   attention_append           copies new keys and values into a cache
+//   attention_delta            delta[query] = sum over the head of dout * out
+//   attention_backward_query   P = exp(S - lse); dS = P * (dout V^T - delta) * scale; dQ = dS K
+//   attention_backward_key     the same P and dS, transposed: dV = P^T dout; dK = dS^T Q
+//
+// Shapes: qkv and dqkv [B, T, 3C], out and dout [B, T, C], lse and delta [B, NH, T]; with `cached`, keys and values
+//   [B, capacity, C] of which `past` tokens precede the queries. Any T; HS = `head_size` up to 128, padded to `dim`, a
+//   multiple of 32, with zeros. All head sizes and strides multiples of 4: loads by vec4 (`vec`).
+// Dtypes: f32 arithmetic; activations as stored; lse and delta f32.
+// Grid: one workgroup of 128 threads per (sequence, head, block of 64 queries; or of 64 keys for the key gradients). It
+//   walks over tiles of 32 of the other axis, skipping those that causality hides. A thread holds 4 x 4 scores and
+//   4 x dim/8 results. Workgroup memory is 16 KiB at most.
+// Determinism: one thread sums each element in order; dQ is computed apart from dK and dV, so nothing is added atomically.
+// Caller: src/backend/wgpu/attention.rs.
+{% import "matrix.wgsl" as matrix %}
+{%- include "common.wgsl" %}
+
+struct Params {
+    first: u32,
+    end: u32,
+    width: u32,
+    batch: u32,
+    tokens: u32,
+    channels: u32,
+    heads: u32,
+    past: u32,
+    // keys per sequence, and elements from one key to the next and from one sequence's keys to the next
+    keys: u32,
+    key_stride: u32,
+    key_batch_stride: u32,
+    // where the first sequence starts in each binding
+    qkv_at: u32,
+    out_at: u32,
+    lse_at: u32,
+    dqkv_at: u32,
+    dout_at: u32,
+    cache_at: u32,
+    scale: f32,
+}
+
+@group(0) @binding(0) var<uniform> p: Params;
+{%- set stored = "vec4<Element>" if vec else "Element" %}
+{%- set columns = dim // 32 %}
+{%- if entry == "attention_append" %}
+@group(0) @binding(1) var<storage, read> qkv: array<{{ stored }}>;
+@group(0) @binding(2) var<storage, read_write> keys: array<{{ stored }}>;
+@group(0) @binding(3) var<storage, read_write> values: array<{{ stored }}>;
+
+// One thread per element (or vec4) of [B, T, C].
+@compute @workgroup_size({{ threads }})
+fn attention_append(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let c = p.channels / {{ 4 if vec else 1 }}u;
+    let index = group_index(id) * {{ threads }}u + thread;
+    if (index >= p.batch * p.tokens * c) { return; }
+    let row = index / c;
+    let source = p.qkv_at / {{ 4 if vec else 1 }}u + row * 3u * c + index % c;
+    let token = p.past + row % p.tokens;
+    let into = (p.cache_at + (row / p.tokens) * p.key_batch_stride + token * p.key_stride) / {{ 4 if vec else 1 }}u + index % c;
+    keys[into] = qkv[source + c];
+    values[into] = qkv[source + 2u * c];
+}
+{%- elif entry == "attention_delta" %}
+@group(0) @binding(1) var<storage, read> out: array<{{ stored }}>;
+@group(0) @binding(2) var<storage, read> dout: array<{{ stored }}>;
+@group(0) @binding(3) var<storage, read_write> delta: array<f32>;
+{{ matrix.loader("out", vec) }}
+{{- matrix.loader("dout", vec) }}
+// One thread per (row, head).
+@compute @workgroup_size({{ threads }})
+fn attention_delta(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let index = group_index(id) * {{ threads }}u + thread;
+    if (index >= p.batch * p.tokens * p.heads) { return; }
+    let row = index / p.heads;
+    let head = index % p.heads;
+    let at = row * p.channels + head * {{ head_size }}u;
+    var sums = vec4<f32>();
+    for (var d = 0u; d < {{ head_size }}u; d += 4u) {
+        let valid = min(4u, {{ head_size }}u - d);
+        sums = fma(load_out(p.out_at + at + d, valid), load_dout(p.dout_at + at + d, valid), sums);
+    }
+    delta[p.lse_at + ((row / p.tokens) * p.heads + head) * p.tokens + row % p.tokens] = (sums.x + sums.y) + (sums.z + sums.w);
+}
+{%- else %}
+@group(0) @binding(1) var<storage, read> qkv: array<{{ stored }}>;
+{%- if cached %}
+@group(0) @binding(2) var<storage, read> keys: array<{{ stored }}>;
+@group(0) @binding(3) var<storage, read> values: array<{{ stored }}>;
+@group(0) @binding(4) var<storage, read_write> out: array<{{ stored }}>;
+{%- elif entry == "attention_forward" %}
+@group(0) @binding(2) var<storage, read_write> out: array<{{ stored }}>;
+@group(0) @binding(3) var<storage, read_write> lse: array<f32>;
+{%- else %}
+@group(0) @binding(2) var<storage, read> dout: array<{{ stored }}>;
+@group(0) @binding(3) var<storage, read> lse: array<f32>;
+@group(0) @binding(4) var<storage, read> delta: array<f32>;
+@group(0) @binding(5) var<storage, read_write> dqkv: array<{{ stored }}>;
+{%- endif %}
+
+const BLOCK: u32 = 64u;
+const TILE: u32 = 32u;
+
+// Operands of a product by depth: the block's, and the tile's (or the tile's rows of `dim` elements).
+var<workgroup> block_part: array<vec4<f32>, 256>;
+var<workgroup> tile_part: array<vec4<f32>, {{ [128, spread * dim // 4] | max }}>;
+// P or dS: [32 of the tile][64 of the block].
+var<workgroup> weights: array<vec4<f32>, 512>;
+{{ matrix.loader("qkv", vec) }}
+{%- if cached %}{{ matrix.loader("keys", vec) }}{{ matrix.loader("values", vec) }}{% endif %}
+{%- if entry == "attention_forward" %}{{ matrix.storer("out", vec, "Element") }}
+{%- else %}{{ matrix.loader("dout", vec) }}{{ matrix.storer("dqkv", vec, "Element") }}{% endif %}
+
+// A sequence and a head.
+struct Pair {
+    batch: u32,
+    head: u32,
+}
+
+// How many of four elements from d of row `index` exist.
+fn inside(index: u32, count: u32, d: u32) -> u32 {
+    return select(0u, min(4u, {{ head_size }}u - d), index < count && d < {{ head_size }}u);
+}
+
+// Where element d of a token's queries (part 0), keys (1) or values (2) stands in qkv.
+fn qkv_at(pair: Pair, part: u32, token: u32, d: u32) -> u32 {
+    let row = pair.batch * p.tokens + token;
+    return row * 3u * p.channels + part * p.channels + pair.head * {{ head_size }}u + d;
+}
+
+fn out_at(pair: Pair, token: u32, d: u32) -> u32 {
+    return (pair.batch * p.tokens + token) * p.channels + pair.head * {{ head_size }}u + d;
+}
+
+fn query_of(token: u32, d: u32, pair: Pair) -> vec4<f32> {
+    return load_qkv(p.qkv_at + qkv_at(pair, 0u, token, d), inside(token, p.tokens, d));
+}
+{% if cached %}
+fn cache_at(pair: Pair, token: u32, d: u32) -> u32 {
+    return p.cache_at + pair.batch * p.key_batch_stride + token * p.key_stride + pair.head * {{ head_size }}u + d;
+}
+
+fn key_of(token: u32, d: u32, pair: Pair) -> vec4<f32> {
+    return load_keys(cache_at(pair, token, d), inside(token, p.keys, d));
+}
+
+fn value_of(token: u32, d: u32, pair: Pair) -> vec4<f32> {
+    return load_values(cache_at(pair, token, d), inside(token, p.keys, d));
+}
+{%- else %}
+fn key_of(token: u32, d: u32, pair: Pair) -> vec4<f32> {
+    return load_qkv(p.qkv_at + qkv_at(pair, 1u, token, d), inside(token, p.keys, d));
+}
+
+fn value_of(token: u32, d: u32, pair: Pair) -> vec4<f32> {
+    return load_qkv(p.qkv_at + qkv_at(pair, 2u, token, d), inside(token, p.keys, d));
+}
+{%- endif %}
+{%- if entry != "attention_forward" %}
+
+fn dout_of(token: u32, d: u32, pair: Pair) -> vec4<f32> {
+    return load_dout(p.dout_at + out_at(pair, token, d), inside(token, p.tokens, d));
+}
+
+// lse or delta of four tokens from `token`; those that do not exist get the last one's.
+fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
+    let at = p.lse_at + (pair.batch * p.heads + pair.head) * p.tokens;
+    return vec4<u32>(at) + min(vec4<u32>(token) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(p.tokens - 1u));
+}
+{%- endif %}
+
+{#- acc[block row, tile column] += the product of two operands over the head's elements -#}
+{% macro scores(acc, block_of, block0, tile_of, tile0) %}
+    for (var d0 = 0u; d0 < {{ dim }}u; d0 += 16u) {
+{{- matrix.stage_transposed("block_part", 64, 16, 128, block_of, block0, "d0", ", pair") }}
+{{- matrix.stage_transposed("tile_part", 32, 16, 128, tile_of, tile0, "d0", ", pair") }}
+    workgroupBarrier();
+{{- matrix.multiply(acc, "block_part", "0u", "tile_part", 64, 32, 16, 4, 4) }}
+    workgroupBarrier();
+    }
+{% endmacro %}
+{#- acc[block row, d] += the weights' product with the tile's rows, `spread` rows at a time -#}
+{% macro spread_over(acc, tile_of, tile0) %}
+    for (var t0 = 0u; t0 < TILE; t0 += {{ spread }}u) {
+{{- matrix.stage_direct("tile_part", dim, spread, 128, tile_of, tile0 ~ " + t0", "0u", ", pair") }}
+    workgroupBarrier();
+{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", 64, dim, spread, 4, dim // 8) }}
+    workgroupBarrier();
+    }
+{% endmacro %}
+{#- the thread's 4 x 4 results go to `weights`, transposed -#}
+{% macro keep(acc) %}
+{%- for j in range(4) %}{% set lane = ["x", "y", "z", "w"][j] %}
+    weights[(tx * 4u + {{ j }}u) * 16u + ty] = vec4<f32>({{ acc }}0_0.{{ lane }}, {{ acc }}1_0.{{ lane }}, {{ acc }}2_0.{{ lane }}, {{ acc }}3_0.{{ lane }});
+{%- endfor %}
+{% endmacro %}
+
+@compute @workgroup_size(128)
+fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let group = group_index(id);
+    if (group >= p.end) { return; }
+    let tx = thread % 8u;
+    let ty = thread / 8u;
+    let pairs = p.batch * p.heads;
+    let pair = Pair((group % pairs) / p.heads, group % p.heads);
+    let blocks = (p.tokens + BLOCK - 1u) / BLOCK;
+{%- if entry == "attention_backward_key" %}
+    // The first keys are seen by all queries: the longest work starts first.
+    let block0 = (group / pairs) * BLOCK;
+    let four_keys = vec4<u32>(block0 + ty * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+{{- matrix.accumulators("dk", 4, dim // 8) }}
+{{- matrix.accumulators("dv", 4, dim // 8) }}
+    for (var tile0 = block0 / TILE * TILE; tile0 < p.tokens; tile0 += TILE) {
+{{- matrix.accumulators("s", 4, 4) }}
+{{- matrix.accumulators("g", 4, 4) }}
+{{- scores("s", "key_of", "block0", "query_of", "tile0") }}
+{{- scores("g", "value_of", "block0", "dout_of", "tile0") }}
+        let at = statistics_at(pair, tile0 + tx * 4u);
+        let sums = vec4<f32>(lse[at.x], lse[at.y], lse[at.z], lse[at.w]);
+        let deltas = vec4<f32>(delta[at.x], delta[at.y], delta[at.z], delta[at.w]);
+        let queries = vec4<u32>(tile0 + tx * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+{%- for i in range(4) %}
+        let seen{{ i }} = (vec4<u32>(four_keys.{{ ["x", "y", "z", "w"][i] }}) <= queries) & (queries < vec4<u32>(p.tokens));
+        s{{ i }}_0 = select(vec4<f32>(), exp(s{{ i }}_0 * p.scale - sums), seen{{ i }});
+        g{{ i }}_0 = s{{ i }}_0 * (g{{ i }}_0 - deltas) * p.scale;
+{%- endfor %}
+{{- keep("s") }}
+        workgroupBarrier();
+{{- spread_over("dv", "dout_of", "tile0") }}
+{{- keep("g") }}
+        workgroupBarrier();
+{{- spread_over("dk", "query_of", "tile0") }}
+    }
+{%- for i in range(4) %}{% for j in range(columns) %}
+    {
+        let key = block0 + {{ matrix.row(i, 64, 4) }};
+        let d = {{ matrix.col(j, dim, dim // 8) }};
+        let valid = inside(key, p.tokens, d);
+        store_dqkv(p.dqkv_at + qkv_at(pair, 1u, key, d), valid, dk{{ i }}_{{ j }});
+        store_dqkv(p.dqkv_at + qkv_at(pair, 2u, key, d), valid, dv{{ i }}_{{ j }});
+    }
+{%- endfor %}{% endfor %}
+{%- else %}
+    // The last queries see all keys: the longest work starts first.
+    let block0 = (blocks - 1u - group / pairs) * BLOCK;
+    let four_queries = vec4<u32>(p.past + block0 + ty * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+    let key_end = min(p.keys, p.past + block0 + BLOCK);
+{{- matrix.accumulators("o", 4, dim // 8) }}
+{%- if entry == "attention_forward" %}
+    // Of the thread's four queries: the largest score so far, and this thread's share of the sum of exponentials.
+    var largest = vec4<f32>(HIDDEN);
+    var sums = vec4<f32>();
+{%- else %}
+    let at = statistics_at(pair, block0 + ty * 4u);
+    let sums = vec4<f32>(lse[at.x], lse[at.y], lse[at.z], lse[at.w]);
+    let deltas = vec4<f32>(delta[at.x], delta[at.y], delta[at.z], delta[at.w]);
+{%- endif %}
+    for (var tile0 = 0u; tile0 < key_end; tile0 += TILE) {
+{{- matrix.accumulators("s", 4, 4) }}
+{{- scores("s", "query_of", "block0", "key_of", "tile0") }}
+        let four_keys = vec4<u32>(tile0 + tx * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+{%- if entry == "attention_forward" %}
+{%- for i in range(4) %}
+        s{{ i }}_0 = select(vec4<f32>(HIDDEN), s{{ i }}_0 * p.scale, four_keys <= vec4<u32>(four_queries.{{ ["x", "y", "z", "w"][i] }}));
+{%- endfor %}
+        var peaks = vec4<f32>(
+{%- for i in range(4) %}
+            max(max(s{{ i }}_0.x, s{{ i }}_0.y), max(s{{ i }}_0.z, s{{ i }}_0.w)),
+{%- endfor %}
+        );
+        block_part[tx * 16u + ty] = peaks;
+        workgroupBarrier();
+        for (var t = 0u; t < 8u; t += 1u) { peaks = max(peaks, block_part[t * 16u + ty]); }
+        let raised = max(largest, peaks);
+        let fade = exp(largest - raised);
+        largest = raised;
+{%- for i in range(4) %}{% set lane = ["x", "y", "z", "w"][i] %}
+        s{{ i }}_0 = exp(s{{ i }}_0 - raised.{{ lane }});
+        sums.{{ lane }} = sums.{{ lane }} * fade.{{ lane }} + ((s{{ i }}_0.x + s{{ i }}_0.y) + (s{{ i }}_0.z + s{{ i }}_0.w));
+{%- for j in range(columns) %}
+        o{{ i }}_{{ j }} *= fade.{{ lane }};
+{%- endfor %}
+{%- endfor %}
+{{- keep("s") }}
+        workgroupBarrier();
+{{- spread_over("o", "value_of", "tile0") }}
+{%- else %}
+{{- matrix.accumulators("g", 4, 4) }}
+{{- scores("g", "dout_of", "block0", "value_of", "tile0") }}
+{%- for i in range(4) %}{% set lane = ["x", "y", "z", "w"][i] %}
+        let seen{{ i }} = four_keys <= vec4<u32>(four_queries.{{ lane }});
+        s{{ i }}_0 = select(vec4<f32>(), exp(s{{ i }}_0 * p.scale - sums.{{ lane }}), seen{{ i }});
+        g{{ i }}_0 = s{{ i }}_0 * (g{{ i }}_0 - deltas.{{ lane }}) * p.scale;
+{%- endfor %}
+{{- keep("g") }}
+        workgroupBarrier();
+{{- spread_over("o", "key_of", "tile0") }}
+{%- endif %}
+    }
+{%- if entry == "attention_forward" %}
+    block_part[tx * 16u + ty] = sums;
+    workgroupBarrier();
+    var sum = vec4<f32>();
+    for (var t = 0u; t < 8u; t += 1u) { sum += block_part[t * 16u + ty]; }
+    let inverse = 1.0 / sum;
+{%- endif %}
+{%- for i in range(4) %}{% for j in range(columns) %}
+    {
+        let query = block0 + {{ matrix.row(i, 64, 4) }};
+        let d = {{ matrix.col(j, dim, dim // 8) }};
+        let valid = inside(query, p.tokens, d);
+{%- if entry == "attention_forward" %}
+        store_out(p.out_at + out_at(pair, query, d), valid, o{{ i }}_{{ j }} * inverse.{{ ["x", "y", "z", "w"][i] }});
+{%- else %}
+        store_dqkv(p.dqkv_at + qkv_at(pair, 0u, query, d), valid, o{{ i }}_{{ j }});
+{%- endif %}
+    }
+{%- endfor %}{% endfor %}
+{%- if entry == "attention_forward" and not cached %}
+    if (tx == 0u) {
+        let kept = largest + log(sum);
+        let at = p.lse_at + (pair.batch * p.heads + pair.head) * p.tokens;
+{%- for i in range(4) %}
+        if (block0 + {{ matrix.row(i, 64, 4) }} < p.tokens) { lse[at + block0 + {{ matrix.row(i, 64, 4) }}] = kept.{{ ["x", "y", "z", "w"][i] }}; }
+{%- endfor %}
+    }
+{%- endif %}
+{%- endif %}
+}
+{%- endif %}

@@ -1,0 +1,144 @@
+// A dense product in any orientation, with what may follow it.
+//
+//   out[r, c] (+)= sum over k of L[r, k] R[k, c]      then nothing, + bias[c], gelu(+ bias[c]) or * gelu'(pre[r, c])
+//
+// Shapes: L is stored [rows, depth], or [depth, rows] with `left_by_depth`; R [cols, depth], or [depth, cols] with
+//   `right_by_depth`; out and pre [rows, cols]. Row strides and first elements are parameters; any size is right, whole
+//   vec4s are loaded where strides and sizes are multiples of 4 (`vec`, `vec_out`), and nothing is compared where sizes are
+//   multiples of the tile (`exact`).
+// Dtypes: f32 products and sums; operands and results as stored.
+// Grid: one workgroup per tile of bm x bn and per share of a divided depth, which goes to its own part of `out`.
+//   Neighbouring groups walk along the shorter side of the grid of tiles, so the larger operand is read once.
+// Determinism: each element is summed by one thread in order of k; shares of the depth are added up by reduce.wgsl.
+// Caller: src/backend/wgpu/matrix.rs, for linear.rs and loss.rs.
+{% import "matrix.wgsl" as matrix %}
+{%- include "common.wgsl" %}
+{%- if gelu or gelu_backward %}{% include "gelu.wgsl" %}{% endif %}
+
+struct Params {
+    first: u32,
+    end: u32,
+    width: u32,
+    rows: u32,
+    cols: u32,
+    depth: u32,
+    left_at: u32,
+    left_stride: u32,
+    right_at: u32,
+    right_stride: u32,
+    out_at: u32,
+    out_stride: u32,
+    pre_at: u32,
+    tiles_down: u32,
+    tiles_across: u32,
+    share_depth: u32,
+    share_stride: u32,
+    add: u32,
+}
+
+// Gradients and statistics are f32 whatever activations are.
+alias Result = {{ "f32" if out_f32 else "Element" }};
+
+@group(0) @binding(0) var<uniform> p: Params;
+@group(0) @binding(1) var<storage, read> left: array<{{ "vec4<Element>" if vec else "Element" }}>;
+@group(0) @binding(2) var<storage, read> right: array<{{ "vec4<Element>" if vec else "Element" }}>;
+@group(0) @binding(3) var<storage, read_write> out: array<{{ "vec4<Result>" if vec_out else "Result" }}>;
+{%- if bias %}
+@group(0) @binding(4) var<storage, read> bias: array<{{ "vec4<f32>" if vec_out else "f32" }}>;
+{%- endif %}
+{%- if gelu %}
+@group(0) @binding(5) var<storage, read_write> pre: array<{{ "vec4<Element>" if vec_out else "Element" }}>;
+{%- elif gelu_backward %}
+@group(0) @binding(4) var<storage, read> pre: array<{{ "vec4<Element>" if vec_out else "Element" }}>;
+{%- endif %}
+
+var<workgroup> left_tile: array<vec4<f32>, {{ bm * bk // 4 }}>;
+var<workgroup> right_tile: array<vec4<f32>, {{ bn * bk // 4 }}>;
+{{ matrix.loader("left", vec) }}
+{{- matrix.loader("right", vec) }}
+{{- matrix.loader("out", vec_out) }}
+{{- matrix.storer("out", vec_out, "Result") }}
+{%- if bias %}{{ matrix.loader("bias", vec_out) }}{% endif %}
+{%- if gelu %}{{ matrix.storer("pre", vec_out, "Element") }}{% endif %}
+{%- if gelu_backward %}{{ matrix.loader("pre", vec_out) }}{% endif %}
+
+// How many of the four elements from (r, c) lie inside.
+fn inside(r: u32, r_end: u32, c: u32, c_end: u32) -> u32 {
+{%- if exact %}
+    return 4u;
+{%- else %}
+    return select(0u, c_end - c, r < r_end && c < c_end);
+{%- endif %}
+}
+
+{% if left_by_depth -%}
+fn left_of(k: u32, row: u32, k_end: u32) -> vec4<f32> {
+    return load_left(p.left_at + k * p.left_stride + row, inside(k, k_end, row, p.rows));
+}
+{%- else -%}
+fn left_of(row: u32, k: u32, k_end: u32) -> vec4<f32> {
+    return load_left(p.left_at + row * p.left_stride + k, inside(row, p.rows, k, k_end));
+}
+{%- endif %}
+
+{% if right_by_depth -%}
+fn right_of(k: u32, col: u32, k_end: u32) -> vec4<f32> {
+    return load_right(p.right_at + k * p.right_stride + col, inside(k, k_end, col, p.cols));
+}
+{%- else -%}
+fn right_of(col: u32, k: u32, k_end: u32) -> vec4<f32> {
+    return load_right(p.right_at + col * p.right_stride + k, inside(col, p.cols, k, k_end));
+}
+{%- endif %}
+
+// What happens to four sums before they are stored.
+fn finish(row: u32, col: u32, share: u32, sums: vec4<f32>) {
+    let valid = inside(row, p.rows, col, p.cols);
+    let at = p.out_at + share * p.share_stride + row * p.out_stride + col;
+    var value = sums;
+{%- if bias %}
+    value += load_bias(col, valid);
+{%- endif %}
+{%- if gelu %}
+    store_pre(p.pre_at + row * p.out_stride + col, valid, value);
+    value = gelu(value);
+{%- elif gelu_backward %}
+    value *= gelu_derivative(load_pre(p.pre_at + row * p.out_stride + col, valid));
+{%- endif %}
+    if (p.add != 0u) { value += load_out(at, valid); }
+    store_out(at, valid, value);
+}
+
+@compute @workgroup_size({{ threads }})
+fn linear(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    let group = group_index(id);
+    if (group >= p.end) { return; }
+    let tx = thread % {{ bn // tn }}u;
+    let ty = thread / {{ bn // tn }}u;
+    let tiles = p.tiles_down * p.tiles_across;
+    let share = group / tiles;
+    let tile = group % tiles;
+    let down_first = p.tiles_down < p.tiles_across;
+    let row0 = select(tile / p.tiles_across, tile % p.tiles_down, down_first) * {{ bm }}u;
+    let col0 = select(tile % p.tiles_across, tile / p.tiles_down, down_first) * {{ bn }}u;
+    let k_end = min(p.depth, (share + 1u) * p.share_depth);
+{{ matrix.accumulators("acc", tm, tn) }}
+    for (var k0 = share * p.share_depth; k0 < k_end; k0 += {{ bk }}u) {
+{%- if left_by_depth %}
+{{- matrix.stage_direct("left_tile", bm, bk, threads, "left_of", "k0", "row0", ", k_end") }}
+{%- else %}
+{{- matrix.stage_transposed("left_tile", bm, bk, threads, "left_of", "row0", "k0", ", k_end") }}
+{%- endif %}
+{%- if right_by_depth %}
+{{- matrix.stage_direct("right_tile", bn, bk, threads, "right_of", "k0", "col0", ", k_end") }}
+{%- else %}
+{{- matrix.stage_transposed("right_tile", bn, bk, threads, "right_of", "col0", "k0", ", k_end") }}
+{%- endif %}
+    workgroupBarrier();
+{{- matrix.multiply("acc", "left_tile", "0u", "right_tile", bm, bn, bk, tm, tn) }}
+    workgroupBarrier();
+    }
+{%- for i in range(tm) %}{% for j in range(tn // 4) %}
+    finish(row0 + {{ matrix.row(i, bm, tm) }}, col0 + {{ matrix.col(j, bn, tn) }}, share, acc{{ i }}_{{ j }});
+{%- endfor %}{% endfor %}
+}

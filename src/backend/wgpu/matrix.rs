@@ -1,0 +1,209 @@
+//! Dense products of matrices that lie anywhere in device memory, tiled, and a deep one's sums shared out.
+
+use super::buffer::{Buffer, aligned};
+use super::gelu::Gelu;
+use super::pipelines::Kernel;
+use super::tuning::Tile;
+use super::{Wgpu, add_word};
+use crate::backend::Write;
+use crate::error::{Error, Result};
+use crate::shapes::Span;
+
+/// A row-major matrix in a buffer: element (r, c) is `buffer[at + r * stride + c]`.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    pub(super) buffer: &'a Buffer,
+    pub(super) at: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
+    pub(super) stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix whose rows follow each other without a gap.
+    pub(super) fn new(buffer: &'a Buffer, at: usize, rows: usize, cols: usize) -> Self {
+        Self { buffer, at, rows, cols, stride: cols }
+    }
+
+    /// `count` of its rows from `first`.
+    pub(super) fn rows(self, first: usize, count: usize) -> Self {
+        Self { at: self.at + first * self.stride, rows: count, ..self }
+    }
+
+    /// `count` of its columns from `first`.
+    pub(super) fn cols(self, first: usize, count: usize) -> Self {
+        Self { at: self.at + first, cols: count, ..self }
+    }
+
+    fn span(self) -> Span {
+        Span { offset: self.at, len: (self.rows.max(1) - 1) * self.stride + self.cols }
+    }
+
+    /// Whether it can be handled by whole vec4s.
+    fn by_fours(self) -> bool {
+        [self.at, self.cols, self.stride].iter().all(|size| size.is_multiple_of(4))
+    }
+}
+
+/// An operand of a product: as it is multiplied, or transposed.
+#[derive(Clone, Copy)]
+pub(super) enum Operand<'a> {
+    /// Left: `[rows, depth]`; right: `[cols, depth]`. It lies along the depth.
+    Along(Matrix<'a>),
+    /// Left: `[depth, rows]`; right: `[depth, cols]`. It lies across the depth.
+    Across(Matrix<'a>),
+}
+
+impl<'a> Operand<'a> {
+    fn matrix(self) -> Matrix<'a> {
+        match self {
+            Operand::Along(matrix) | Operand::Across(matrix) => matrix,
+        }
+    }
+
+    /// (rows or columns of the result, depth)
+    fn extents(self) -> (usize, usize) {
+        match self {
+            Operand::Along(matrix) => (matrix.rows, matrix.cols),
+            Operand::Across(matrix) => (matrix.cols, matrix.rows),
+        }
+    }
+
+    fn is_across(self) -> u32 {
+        u32::from(matches!(self, Operand::Across(_)))
+    }
+}
+
+/// What follows a product.
+#[derive(Clone, Copy)]
+pub(super) struct Epilogue<'a> {
+    /// A bias of as many elements as the result has columns.
+    pub(super) bias: Option<(&'a Buffer, Span)>,
+    /// The GELU; its buffer has the result's shape and place.
+    pub(super) gelu: Gelu<'a>,
+}
+
+/// How a product is cut: the tile, the shares of the depth, and how deep each is.
+#[derive(Clone, Copy)]
+struct Cut {
+    tile: Tile,
+    shares: usize,
+    share_depth: usize,
+}
+
+/// Nothing follows.
+pub(super) const PLAIN: Epilogue<'static> = Epilogue { bias: None, gelu: Gelu::None };
+
+impl Wgpu {
+    /// `out (+)= left right`, then `epilogue`.
+    pub(super) fn product(
+        &mut self,
+        out: Matrix<'_>,
+        left: Operand<'_>,
+        right: Operand<'_>,
+        epilogue: Epilogue<'_>,
+        write: Write,
+    ) -> Result<()> {
+        let tile = self.tuning.for_result(out.rows, out.cols);
+        let depth = left.extents().1;
+        self.tiled_product(out, left, right, epilogue, write, Cut { tile, shares: 1, share_depth: depth })
+    }
+
+    /// `out (+)= left right` for a deep product: the depth is cut into shares when the result alone is small. `out`'s rows
+    /// follow each other without a gap.
+    pub(super) fn deep_product(
+        &mut self,
+        out: Matrix<'_>,
+        left: Operand<'_>,
+        right: Operand<'_>,
+        write: Write,
+    ) -> Result<()> {
+        let tile = self.tuning.filled_by(out.rows, out.cols);
+        let (count, share_depth) = self.tuning.shares(tile.count(out.rows, out.cols), left.extents().1);
+        let cut = Cut { tile, shares: count, share_depth };
+        if count == 1 {
+            return self.tiled_product(out, left, right, PLAIN, write, cut);
+        }
+        let len = out.rows * out.cols;
+        let parts = self.scratch("shares of a product", count * len.next_multiple_of(4))?;
+        let into = Matrix::new(&parts, 0, out.rows, out.cols);
+        self.tiled_product(into, left, right, PLAIN, Write::Set, cut)?;
+        let target = Span { offset: out.at, len };
+        self.add_parts(out.buffer.write(target), &parts, 0, len.next_multiple_of(4), count, write)
+    }
+
+    fn tiled_product(
+        &mut self,
+        out: Matrix<'_>,
+        left: Operand<'_>,
+        right: Operand<'_>,
+        epilogue: Epilogue<'_>,
+        write: Write,
+        cut: Cut,
+    ) -> Result<()> {
+        let Cut { tile, shares, share_depth } = cut;
+        let ((rows, depth), (cols, right_depth)) = (left.extents(), right.extents());
+        if (rows, cols, depth) != (out.rows, out.cols, right_depth) {
+            return Err(Error::Internal("shapes of a product do not match".to_string()));
+        }
+        let share_stride = if shares > 1 { (rows * cols).next_multiple_of(4) } else { 0 };
+        let ((left_span, left_at), (right_span, right_at)) =
+            (aligned(left.matrix().span()), aligned(right.matrix().span()));
+        let (mut out_span, out_at) = aligned(out.span());
+        out_span.len += (shares - 1) * share_stride;
+        let mut binds = vec![
+            left.matrix().buffer.read(left_span),
+            right.matrix().buffer.read(right_span),
+            out.buffer.write(out_span),
+        ];
+        binds.extend(epilogue.bias.map(|(buffer, span)| buffer.read(span)));
+        let (pre_span, pre_at) = aligned(out.span());
+        binds.extend(epilogue.gelu.bind(pre_span));
+        let (tiles_down, tiles_across) = (rows.div_ceil(tile.bm), cols.div_ceil(tile.bn));
+        let words = [
+            rows,
+            cols,
+            depth,
+            left_at as usize,
+            left.matrix().stride,
+            right_at as usize,
+            right.matrix().stride,
+            out_at as usize,
+            out.stride,
+            pre_at as usize,
+            tiles_down,
+            tiles_across,
+            share_depth,
+            share_stride,
+            add_word(write) as usize,
+        ]
+        .map(|word| word as u32);
+        let vec = left.matrix().by_fours() && right.matrix().by_fours();
+        let exact = vec && out.by_fours() && rows % tile.bm == 0 && cols % tile.bn == 0 && depth % tile.bk == 0;
+        let across = [left.is_across(), right.is_across()];
+        let by_fours = [vec, out.by_fours(), exact];
+        let kernel = kernel(tile, across, by_fours, epilogue.bias.is_some(), epilogue.gelu.flag());
+        let groups = shares * tiles_down * tiles_across;
+        self.dispatch(&kernel, &binds, &words, groups, tile.flops(share_depth.min(depth)))
+    }
+}
+
+/// An instantiation of `shaders/linear.wgsl`: whether the operands lie across the depth (left, right); whether operands,
+/// and results, are handled by vec4s, and sizes are multiples of the tile; and what follows.
+pub(super) fn kernel(
+    tile: Tile,
+    across: [u32; 2],
+    [vec, vec_out, exact]: [bool; 3],
+    bias: bool,
+    gelu: (&'static str, u32),
+) -> Kernel {
+    Kernel::new("linear", "linear", &tile.variables()).with(&[
+        ("left_by_depth", across[0]),
+        ("right_by_depth", across[1]),
+        ("vec", u32::from(vec)),
+        ("vec_out", u32::from(vec_out)),
+        ("exact", u32::from(exact)),
+        ("bias", u32::from(bias)),
+        gelu,
+    ])
+}

@@ -1,0 +1,245 @@
+//! Any vendor's GPU through wgpu: Vulkan, Metal or DirectX 12, kernels in WGSL (`shaders/`), one file per stem.
+//!
+//! Operations record dispatches into one encoder; a submission happens when something is read, uploaded or waited for, or
+//! when much has been recorded. Kernels are templates, compiled when first used. The activations of a kernel are bound by
+//! ranges, so that parameters larger than a binding work through it in chunks. Sums run in a fixed order and nothing is
+//! added atomically: two runs on one adapter give the same bits.
+
+mod adamw;
+mod attention;
+mod band;
+mod buffer;
+mod device;
+mod embed;
+mod gelu;
+mod layernorm;
+mod linear;
+mod loss;
+mod matrix;
+mod pipelines;
+mod recorder;
+mod reduce;
+mod tuning;
+
+pub use band::Table;
+pub use buffer::Buffer;
+pub use device::{AdapterInfo, AdapterKind, Options, adapters};
+pub use embed::Tokens;
+pub use pipelines::{Element, Kernel, dump_shaders};
+pub use recorder::Pending;
+pub use tuning::Tuning;
+
+use super::{Device, HeadDims, Role, SequenceDims, Write};
+use crate::error::{Error, Result};
+use crate::shapes::{Span, TENSOR_ALIGN};
+use buffer::{Bind, Graveyard};
+use device::Gpu;
+use pipelines::Pipelines;
+use recorder::{Recorder, Work};
+use std::collections::{HashMap, HashSet};
+
+/// Bytes uploaded or downloaded at a time: wgpu stages as much beside the buffer.
+const TRANSFER_BYTES: usize = 32 << 20;
+
+/// The least that [`Options::binding_bytes`] can ask for.
+const MIN_BINDING_BYTES: u64 = 1 << 10;
+
+/// A GPU through wgpu as a device.
+pub struct Wgpu {
+    gpu: Gpu,
+    pipelines: Pipelines,
+    recorder: Recorder,
+    graveyard: Graveyard,
+    tuning: Tuning,
+    binding_bytes: u64,
+    next_id: u64,
+    scratch: HashMap<&'static str, Buffer>,
+}
+
+/// Every kernel instantiation that the presets' shapes, and shapes that fit no tile, can lead to.
+pub fn instantiations() -> Vec<Kernel> {
+    let all = [
+        embed::kernels(),
+        layernorm::kernels(),
+        linear::kernels(),
+        band::kernels(),
+        attention::kernels(),
+        loss::kernels(),
+        adamw::kernels(),
+        reduce::kernels(),
+    ];
+    let mut seen = HashSet::new();
+    all.into_iter().flatten().filter(|kernel| seen.insert(kernel.clone())).collect()
+}
+
+impl Wgpu {
+    /// Opens the adapter that `options` ask for.
+    ///
+    /// # Errors
+    /// There is no such adapter, or it cannot run the kernels: a sentence that says what to do.
+    pub fn new(options: &Options) -> Result<Self> {
+        let gpu = device::open(options)?;
+        let graveyard = Graveyard::default();
+        let tuning = options.tuning.unwrap_or(Tuning::of(gpu.info.kind));
+        let recorder = Recorder::new(&gpu, tuning.slow_flops, graveyard.clone());
+        let pipelines = Pipelines::new(options.checked)?;
+        let binding_bytes = options.binding_bytes.unwrap_or(u64::MAX).max(MIN_BINDING_BYTES);
+        Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch: HashMap::new() })
+    }
+
+    /// The adapter it runs on.
+    pub fn adapter(&self) -> &AdapterInfo {
+        &self.gpu.info
+    }
+
+    /// Elements that a binding may have.
+    fn binding_len(&self) -> usize {
+        let bytes = self.gpu.limits.max_storage_buffer_binding_size.min(u64::from(u32::MAX)).min(self.binding_bytes);
+        bytes as usize / 4 / TENSOR_ALIGN * TENSOR_ALIGN
+    }
+
+    /// Records `groups` workgroups; `flops` is the work of one, roughly.
+    fn dispatch(
+        &mut self,
+        kernel: &Kernel,
+        binds: &[Bind<'_>],
+        words: &[u32],
+        groups: usize,
+        flops: f64,
+    ) -> Result<()> {
+        let work = Work { kernel, binds, words, groups, flops };
+        self.recorder.dispatch(&self.gpu, &mut self.pipelines, &work)
+    }
+
+    fn create(&mut self, name: &str, len: usize) -> Result<Buffer> {
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let size = (len.max(1).next_multiple_of(TENSOR_ALIGN) * 4) as u64;
+        let raw = create_buffer(&self.gpu, name, size, usage)?;
+        self.next_id += 1;
+        Ok(Buffer::new(raw, self.next_id, len, name, self.graveyard.clone()))
+    }
+
+    /// Memory for what lives during one operation only; operations run one after the other, so all share it by name.
+    fn scratch(&mut self, name: &'static str, len: usize) -> Result<Buffer> {
+        if let Some(buffer) = self.scratch.get(name).filter(|buffer| buffer.len() >= len) {
+            return Ok(buffer.clone());
+        }
+        // The smaller one goes first, and with it the bind groups that hold it.
+        if self.scratch.remove(name).is_some() {
+            self.recorder.submit(&self.gpu)?;
+        }
+        let buffer = self.create(name, len)?;
+        self.scratch.insert(name, buffer.clone());
+        Ok(buffer)
+    }
+
+    /// Writes 32-bit words to a buffer, after all that is recorded.
+    fn write_words(&mut self, buffer: &Buffer, offset: usize, words: &[u32]) -> Result<()> {
+        buffer.check(Span { offset, len: words.len() })?;
+        self.recorder.submit(&self.gpu)?;
+        for (index, chunk) in words.chunks(TRANSFER_BYTES / 4).enumerate() {
+            let at = (offset + index * TRANSFER_BYTES / 4) as u64 * 4;
+            self.gpu.queue.write_buffer(buffer.raw(), at, bytemuck::cast_slice(chunk));
+            if chunk.len() * 4 == TRANSFER_BYTES {
+                // The staged copy is freed when it has been used.
+                let index = self.gpu.queue.submit([]);
+                recorder::wait(&self.gpu, Some(index))?;
+            }
+        }
+        self.gpu.faults.check()
+    }
+}
+
+/// A buffer of `size` bytes, or a sentence.
+fn create_buffer(gpu: &Gpu, name: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    if size > gpu.limits.max_buffer_size {
+        return Err(Error::Device(format!(
+            "{name} needs {:.1} MiB in one buffer, but {} allows {:.1} MiB; use a smaller model or batch (-b)",
+            mib(size),
+            gpu.info.describe(),
+            mib(gpu.limits.max_buffer_size)
+        )));
+    }
+    let memory = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let other = gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let label = Some(name);
+    let buffer = gpu.device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
+    let (other, memory) = (pollster::block_on(other.pop()), pollster::block_on(memory.pop()));
+    if memory.is_some() {
+        return Err(Error::Device(format!(
+            "out of memory on {}: {name} needs {:.1} MiB; use a smaller batch (-b) or sequence (-t)",
+            gpu.info.name,
+            mib(size)
+        )));
+    }
+    match other {
+        Some(error) => Err(Error::Device(format!("{} cannot make room for {name}: {error}", gpu.info.name))),
+        None => gpu.faults.check().map(|()| buffer),
+    }
+}
+
+impl Device for Wgpu {
+    type Buffer = Buffer;
+    type Tokens = Tokens;
+    type Pending = Pending;
+
+    fn description(&self) -> String {
+        self.gpu.info.describe()
+    }
+
+    fn element_bytes(&self, _role: Role) -> usize {
+        size_of::<f32>()
+    }
+
+    fn scratch_bytes(&self, dims: HeadDims, sequence: SequenceDims) -> usize {
+        let logits = loss::logits_len(dims, self.binding_len());
+        let delta = sequence.rows() * sequence.heads;
+        let shares = self.tuning.most_shares() + reduce::most_parts(4 * dims.channels);
+        (logits + delta + shares) * size_of::<f32>()
+    }
+
+    fn alloc(&mut self, _role: Role, name: &str, len: usize) -> Result<Buffer> {
+        self.create(name, len)
+    }
+
+    fn alloc_tokens(&mut self, name: &str, len: usize) -> Result<Tokens> {
+        Tokens::new(self, name, len)
+    }
+
+    fn upload(&mut self, buffer: &mut Buffer, offset: usize, values: &[f32]) -> Result<()> {
+        self.write_words(buffer, offset, bytemuck::cast_slice(values))
+    }
+
+    fn upload_tokens(&mut self, buffer: &mut Tokens, tokens: &[u32]) -> Result<()> {
+        buffer.upload(self, tokens)
+    }
+
+    fn download(&mut self, buffer: &Buffer, span: Span) -> Result<Vec<f32>> {
+        let mut values = Vec::with_capacity(span.len);
+        for offset in span.range().step_by(TRANSFER_BYTES / 4) {
+            let len = (TRANSFER_BYTES / 4).min(span.range().end - offset);
+            let pending = self.request(buffer, Span { offset, len })?;
+            values.extend(self.collect(pending)?);
+        }
+        Ok(values)
+    }
+
+    fn request(&mut self, buffer: &Buffer, span: Span) -> Result<Pending> {
+        self.recorder.read_back(&self.gpu, buffer, span)
+    }
+
+    fn collect(&mut self, pending: Pending) -> Result<Vec<f32>> {
+        self.recorder.collect(&self.gpu, pending)
+    }
+
+    fn sync(&mut self) -> Result<()> {
+        self.recorder.submit(&self.gpu)?;
+        recorder::wait(&self.gpu, None)
+    }
+}
+
+/// As the last parameter of a kernel that either sets or adds.
+fn add_word(write: Write) -> u32 {
+    u32::from(write == Write::Add)
+}

@@ -1,0 +1,108 @@
+//! Cases of attention: forward, backward, and over a cache.
+
+use super::{Case, Inputs, Output, Suite, fetch, unwritten, upload};
+use crate::backend::{Backend, KeyValues, Role, SequenceDims};
+use crate::error::Result;
+use crate::tolerance::{Tolerance, UNIT_F32};
+
+/// Scores of the inputs here lie within this of each other, nearly always.
+const SCORES: f64 = 16.0;
+
+pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
+    for (batch, tokens, channels, heads) in [
+        (1, 1, 4, 1),
+        (2, 13, 40, 5),
+        (3, 33, 48, 4),
+        (1, 65, 64, 1),
+        (2, 70, 30, 6),
+        (1, 130, 96, 1),
+        (1, 97, 256, 2),
+        (2, 160, 64, 2),
+    ] {
+        let dims = SequenceDims { batch, tokens, channels, heads };
+        suite.check(&AttentionCase(dims))?;
+        suite.check(&CachedCase(dims))?;
+    }
+    Ok(())
+}
+
+fn shape(dims: SequenceDims) -> String {
+    let SequenceDims { batch, tokens, channels, heads } = dims;
+    format!("B={batch} T={tokens} C={channels} NH={heads}")
+}
+
+/// Forward and backward.
+struct AttentionCase(SequenceDims);
+
+impl Case for AttentionCase {
+    fn op(&self) -> &'static str {
+        "attention"
+    }
+
+    fn shape(&self) -> String {
+        shape(self.0)
+    }
+
+    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+        let dims = self.0;
+        let (t, c) = (dims.tokens, dims.channels);
+        let (len, statistics) = (dims.rows() * c, dims.rows() * dims.heads);
+        let mut random = Inputs::new(4);
+        let qkv = upload(backend, Role::Activations, &random.normal(3 * len, 1.0))?;
+        let dout = upload(backend, Role::Activations, &random.normal(len, 1.0))?;
+        let (mut out, mut dqkv) = (unwritten(backend, len)?, unwritten(backend, 3 * len)?);
+        let mut log_sum_exp = unwritten(backend, statistics)?;
+        backend.attention_forward(&mut out, &mut log_sum_exp, &qkv, dims)?;
+        backend.attention_backward(&mut dqkv, &dout, &out, &log_sum_exp, &qkv, dims)?;
+        let forward = Tolerance::of_sums(UNIT_F32, [dims.head_size(), t, 8]).with_exp(SCORES);
+        let backward = Tolerance::of_sums(UNIT_F32, [3 * dims.head_size(), 3 * t, 16]).with_exp(SCORES);
+        let dqkv = fetch(backend, &dqkv, 3 * len)?;
+        let part = |which: usize| dqkv.chunks(c).skip(which).step_by(3).flatten().copied().collect::<Vec<_>>();
+        Ok(vec![
+            Output::new("out", fetch(backend, &out, len)?, forward),
+            Output::new("log_sum_exp", fetch(backend, &log_sum_exp, statistics)?, forward),
+            Output::new("dq", part(0), backward),
+            Output::new("dk", part(1), backward),
+            Output::new("dv", part(2), backward),
+        ])
+    }
+}
+
+/// T tokens, then one, then a few, over a cache.
+struct CachedCase(SequenceDims);
+
+impl Case for CachedCase {
+    fn op(&self) -> &'static str {
+        "attention_cached"
+    }
+
+    fn shape(&self) -> String {
+        shape(self.0)
+    }
+
+    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+        let SequenceDims { batch, tokens: t, channels: c, .. } = self.0;
+        let capacity = t + 7;
+        let mut random = Inputs::new(5);
+        let (mut keys, mut values) =
+            (unwritten(backend, batch * capacity * c)?, unwritten(backend, batch * capacity * c)?);
+        let mut outs = Vec::new();
+        let mut past = 0;
+        for tokens in [t, 1, 5] {
+            let dims = SequenceDims { tokens, ..self.0 };
+            let qkv = upload(backend, Role::Activations, &random.normal(3 * dims.rows() * c, 1.0))?;
+            let mut out = unwritten(backend, dims.rows() * c)?;
+            let cache = KeyValues { keys: &mut keys, values: &mut values, capacity, past };
+            backend.attention_cached(&mut out, cache, &qkv, dims)?;
+            outs.extend(fetch(backend, &out, dims.rows() * c)?);
+            past += tokens;
+        }
+        let tolerance = Tolerance::of_sums(UNIT_F32, [self.0.head_size(), capacity, 8]).with_exp(SCORES);
+        let exact = Tolerance(0.0);
+        Ok(vec![
+            Output::new("out", outs, tolerance),
+            Output::new("keys", fetch(backend, &keys, batch * capacity * c)?, exact),
+            Output::new("values", fetch(backend, &values, batch * capacity * c)?, exact),
+        ])
+    }
+}

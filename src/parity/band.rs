@@ -1,0 +1,188 @@
+//! Cases of the band: its three products as FC1 and as FC2, and masked training for several steps.
+
+use super::{Allowed, Case, Inputs, Output, Suite, UNWRITTEN, fetch, layout, unwritten, upload};
+use crate::backend::{AdamWStep, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
+use crate::band::{Band, Panel};
+use crate::error::Result;
+use crate::tolerance::{self, Tolerance, UNIT_F32};
+
+/// (rows, N, W): of one panel and of many, fitting tiles and not, W other than 4N.
+const SHAPES: [(usize, usize, usize); 5] = [(5, 7, 28), (64, 64, 256), (70, 40, 160), (130, 96, 384), (33, 50, 131)];
+
+pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
+    for (rows, narrow, wide) in SHAPES {
+        // One connection each, an odd width, 23.5 %, 43.8 % and all of the connections.
+        for bandwidth in [1, (wide / 5) | 1, wide / 4, wide / 2, 2 * wide] {
+            let band = Band::new(narrow, wide, bandwidth)?;
+            suite.check(&ProductsCase { rows, band: &band })?;
+            suite.check(&TrainingCase { rows, band: &band })?;
+        }
+    }
+    let band = Band::new(16, 64, 32)?;
+    suite.check(&ProductsCase { rows: 1100, band: &band })
+}
+
+fn shape(rows: usize, band: &Band) -> String {
+    format!("M={rows} N={} W={} w={} ({:.1} %)", band.narrow(), band.wide(), band.bandwidth(), 100.0 * band.density())
+}
+
+/// Which packed slots lie outside the exact band.
+fn outside(band: &Band) -> Vec<bool> {
+    let slots = |panel: &Panel| (0..panel.len()).map(|slot| band.slot(panel, slot).is_none()).collect::<Vec<_>>();
+    band.panels().iter().flat_map(slots).collect()
+}
+
+/// Packed values, zero outside the band.
+fn packed(random: &mut Inputs, band: &Band, deviation: f32) -> Vec<f32> {
+    let mut values = random.normal(band.packed_len(), deviation);
+    for (value, outside) in values.iter_mut().zip(outside(band)) {
+        if outside {
+            *value = 0.0;
+        }
+    }
+    values
+}
+
+/// Expand, contract and outer, with everything that may follow them.
+struct ProductsCase<'a> {
+    rows: usize,
+    band: &'a Band,
+}
+
+impl Case for ProductsCase<'_> {
+    fn op(&self) -> &'static str {
+        "band"
+    }
+
+    fn shape(&self) -> String {
+        shape(self.rows, self.band)
+    }
+
+    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+        let (rows, band) = (self.rows, self.band);
+        let (n, w) = (band.narrow(), band.wide());
+        let mut random = Inputs::new(8);
+        let ([panels, wide_bias, narrow_bias], len) = layout([band.packed_len(), w, n]);
+        let mut weights = random.normal(len, 0.5);
+        weights[panels.range()].copy_from_slice(&packed(&mut random, band, 0.5));
+        let mut gradient = random.normal(len, 1.0);
+        gradient[panels.range()].copy_from_slice(&packed(&mut random, band, 1.0));
+        let params = upload(backend, Role::Parameters, &weights)?;
+        let mut grads = upload(backend, Role::Gradients, &gradient)?;
+        let narrow = upload(backend, Role::Activations, &random.normal(rows * n, 1.0))?;
+        let wide = upload(backend, Role::Activations, &random.normal(rows * w, 1.0))?;
+        let table = backend.band_table(band)?;
+
+        let (mut pre, mut gelu, mut dpre) =
+            (unwritten(backend, rows * w)?, unwritten(backend, rows * w)?, unwritten(backend, rows * w)?);
+        let (mut out, mut dinp) = (unwritten(backend, rows * n)?, unwritten(backend, rows * n)?);
+        let fc1 = Expansion::BiasGelu { bias: wide_bias, pre: &mut pre };
+        backend.band_expand(&mut gelu, &narrow, &params, panels, &table, rows, fc1)?;
+        let fc2 = Expansion::GeluBackward { pre: &wide };
+        backend.band_expand(&mut dpre, &narrow, &params, panels, &table, rows, fc2)?;
+        backend.band_contract(&mut out, &wide, &params, panels, &table, rows, Some(narrow_bias))?;
+        backend.band_contract(&mut dinp, &wide, &params, panels, &table, rows, None)?;
+        let (fc1, fc2) = (BiasGrad::Wide(wide_bias), BiasGrad::Narrow(narrow_bias));
+        backend.band_outer(&mut grads, panels, fc1, &wide, &narrow, &table, rows, Write::Add)?;
+        let added = fetch(backend, &grads, len)?;
+        // What stands in the gradients before they are set must not matter, outside the band neither.
+        backend.upload(&mut grads, 0, &vec![UNWRITTEN; len])?;
+        backend.band_outer(&mut grads, panels, fc2, &wide, &narrow, &table, rows, Write::Set)?;
+        let set = fetch(backend, &grads, len)?;
+
+        let widest = band.panels().iter().map(|panel| panel.cols).max().unwrap_or(1);
+        let longest = (0..n).map(|i| band.column(i).len()).max().unwrap_or(1);
+        let sums = |n: usize| Tolerance::of_sums(UNIT_F32, [n, 2]);
+        let masked = |name, values| Output { zero: outside(band), ..Output::new(name, values, sums(rows)) };
+        Ok(vec![
+            Output::new("pre", fetch(backend, &pre, rows * w)?, sums(widest)),
+            Output::new("gelu", fetch(backend, &gelu, rows * w)?, sums(widest).with_gelu()),
+            Output::new("x P' * gelu'", fetch(backend, &dpre, rows * w)?, sums(widest).with_gelu()),
+            Output::new("out", fetch(backend, &out, rows * n)?, sums(longest)),
+            Output::new("dinp", fetch(backend, &dinp, rows * n)?, sums(longest)),
+            masked("dweight", set[panels.range()].to_vec()),
+            Output::new("dbias", set[narrow_bias.range()].to_vec(), sums(rows)),
+            masked("dweight added", added[panels.range()].to_vec()),
+            Output::new("dbias added", added[wide_bias.range()].to_vec(), sums(rows)),
+        ])
+    }
+}
+
+/// Masked weights after several steps of gradient and AdamW: close in the band, exactly zero outside.
+struct TrainingCase<'a> {
+    rows: usize,
+    band: &'a Band,
+}
+
+const STEPS: usize = 4;
+const LEARNING_RATE: f64 = 1e-2;
+
+impl Case for TrainingCase<'_> {
+    fn op(&self) -> &'static str {
+        "band_outer, adamw"
+    }
+
+    fn shape(&self) -> String {
+        shape(self.rows, self.band)
+    }
+
+    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+        let (rows, band) = (self.rows, self.band);
+        let mut random = Inputs::new(9);
+        let ([panels, bias], len) = layout([band.packed_len(), band.wide()]);
+        let mut weights = vec![0.0; len];
+        weights[panels.range()].copy_from_slice(&packed(&mut random, band, 1.0));
+        let mut params = upload(backend, Role::Parameters, &weights)?;
+        let mut m = upload(backend, Role::Parameters, &vec![0.0; len])?;
+        let mut v = upload(backend, Role::Parameters, &vec![0.0; len])?;
+        let mut grads = upload(backend, Role::Gradients, &vec![0.0; len])?;
+        let mut norm = unwritten(backend, 1)?;
+        let table = backend.band_table(band)?;
+        let plan = backend.adamw_plan(&[panels], len)?;
+        let mut first = Vec::new();
+        for step in 1..=STEPS {
+            let wide = upload(backend, Role::Activations, &random.normal(rows * band.wide(), 1.0))?;
+            let narrow = upload(backend, Role::Activations, &random.normal(rows * band.narrow(), 1.0))?;
+            let bias = BiasGrad::Wide(bias);
+            backend.band_outer(&mut grads, panels, bias, &wide, &narrow, &table, rows, Write::Set)?;
+            backend.grad_norm(&mut norm, &grads)?;
+            if step == 1 {
+                first = fetch(backend, &grads, len)?[panels.range()].to_vec();
+            }
+            let step = AdamWStep {
+                step: step as u64,
+                learning_rate: LEARNING_RATE,
+                beta1: 0.9,
+                beta2: 0.95,
+                eps: 1e-8,
+                weight_decay: 0.1,
+                grad_clip: 1.0,
+            };
+            let state = OptimizerState { params: &mut params, m: &mut m, v: &mut v };
+            backend.adamw_step(state, &grads, &norm, &plan, &step)?;
+        }
+        let fetched = [&params, &m, &v].map(|buffer| fetch(backend, buffer, len));
+        let [params, m, v] = fetched;
+        let masked = |name, values: Result<Vec<f32>>, allowed| {
+            Ok(Output { name, values: values?[panels.range()].to_vec(), allowed, zero: outside(band) })
+        };
+        let relative = || Allowed::Relative(Tolerance::of_sums(UNIT_F32, [rows, STEPS * 64]));
+        Ok(vec![
+            masked("params", params, Allowed::Each(carried(&first, rows)))?,
+            masked("m", m, relative())?,
+            masked("v", v, relative())?,
+        ])
+    }
+}
+
+/// How far each parameter may be carried by errors of gradients of which `first` were the first.
+fn carried(first: &[f32], rows: usize) -> Vec<f64> {
+    let tolerance = Tolerance::of_sums(UNIT_F32, [rows, 64]).0;
+    let rms = tolerance::root_mean_square(first);
+    let bound = |&g: &f32| {
+        let g = f64::from(g);
+        let error = tolerance * (g.abs() + rms);
+        Tolerance::of_adamw(LEARNING_RATE, STEPS, g, error) + 4.0 * UNIT_F32 * STEPS as f64 * 4.0
+    };
+    first.iter().map(bound).collect()
+}

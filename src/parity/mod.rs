@@ -1,0 +1,194 @@
+//! Parity: every operation of one backend held against another's, forward, backward and optimizer.
+//!
+//! A [`Case`] is an operation at one shape: its body is written once over [`Backend`] and runs on both sides with the same
+//! inputs. [`run`] compares what they return, element by element, with tolerances from [`crate::tolerance`], and holds
+//! everything outside a band against exact zero. `bandtrain parity` prints the rows.
+
+mod attention;
+mod band;
+mod dense;
+mod head;
+
+use crate::backend::{Backend, Device, Role};
+use crate::error::Result;
+use crate::shapes::{Span, TENSOR_ALIGN};
+use crate::tolerance::{self, Tolerance, Worst};
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+/// How far one output may be from the reference's.
+pub enum Allowed {
+    /// Relative to the element and to the output's root mean square.
+    Relative(Tolerance),
+    /// A bound for each element.
+    Each(Vec<f64>),
+}
+
+/// One thing that an operation computed.
+pub struct Output {
+    /// What it is.
+    pub name: &'static str,
+    /// Its elements.
+    pub values: Vec<f32>,
+    /// How far they may be from the reference's; the reference's own says.
+    pub allowed: Allowed,
+    /// Elements that must be exactly 0.0 (empty: none has to).
+    pub zero: Vec<bool>,
+}
+
+impl Output {
+    /// An output with a relative tolerance and no element that has to be zero.
+    pub fn new(name: &'static str, values: Vec<f32>, tolerance: Tolerance) -> Self {
+        Self { name, values, allowed: Allowed::Relative(tolerance), zero: Vec::new() }
+    }
+}
+
+/// An operation at one shape.
+pub trait Case {
+    /// The operation's name, as in the trait it belongs to.
+    fn op(&self) -> &'static str;
+
+    /// The shape in words.
+    fn shape(&self) -> String;
+
+    /// Runs it.
+    ///
+    /// # Errors
+    /// The device failed.
+    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>>;
+}
+
+/// The comparison of one output of one case.
+#[derive(Debug, Clone)]
+pub struct Row {
+    /// The operation.
+    pub op: &'static str,
+    /// Its shape.
+    pub shape: String,
+    /// Which of its outputs.
+    pub output: &'static str,
+    /// The worst element: where, what, what was expected and what was allowed.
+    pub worst: Worst,
+    /// An element that should be exactly 0.0 and is not.
+    pub not_zero: Option<(usize, f32)>,
+}
+
+impl Row {
+    /// Whether the backends agree.
+    pub fn passes(&self) -> bool {
+        self.worst.ratio() <= 1.0 && self.not_zero.is_none()
+    }
+}
+
+impl std::fmt::Display for Row {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Row { op, shape, output, worst, not_zero } = self;
+        let error = (worst.actual - worst.expected).abs();
+        let verdict = if self.passes() { "ok" } else { "FAILED" };
+        write!(
+            f,
+            "{verdict:6} {op:26} {shape:38} {output:14} error {error:8.1e} of {:8.1e} at {}",
+            worst.allowed, worst.index
+        )?;
+        match not_zero {
+            None => Ok(()),
+            Some((index, value)) => write!(f, "; {value:e} outside the band at {index}"),
+        }
+    }
+}
+
+/// Runs every case on both backends.
+///
+/// # Errors
+/// A device failed; a disagreement is no error but a row that does not pass.
+pub fn run<A: Backend, R: Backend>(device: &mut A, reference: &mut R) -> Result<Vec<Row>> {
+    let mut suite = Suite { device, reference, rows: Vec::new() };
+    dense::cases(&mut suite)?;
+    attention::cases(&mut suite)?;
+    head::cases(&mut suite)?;
+    band::cases(&mut suite)?;
+    Ok(suite.rows)
+}
+
+/// Two backends and what their comparison has shown so far.
+struct Suite<'a, A, R> {
+    device: &'a mut A,
+    reference: &'a mut R,
+    rows: Vec<Row>,
+}
+
+impl<A: Backend, R: Backend> Suite<'_, A, R> {
+    fn check(&mut self, case: &impl Case) -> Result<()> {
+        let (actual, expected) = (case.run(self.device)?, case.run(self.reference)?);
+        for (actual, expected) in actual.iter().zip(&expected) {
+            self.rows.push(compare(case, actual, expected));
+        }
+        Ok(())
+    }
+}
+
+fn compare(case: &impl Case, actual: &Output, expected: &Output) -> Row {
+    let worst = match &expected.allowed {
+        Allowed::Relative(tolerance) => tolerance::compare(&actual.values, &expected.values, *tolerance),
+        Allowed::Each(bounds) => tolerance::worst(&actual.values, &expected.values, |index| bounds[index]),
+    };
+    let wrong = |&(index, &zero): &(usize, &bool)| zero && actual.values[index] != 0.0;
+    let not_zero = expected.zero.iter().enumerate().find(wrong).map(|(index, _)| (index, actual.values[index]));
+    Row { op: case.op(), shape: case.shape(), output: expected.name, worst, not_zero }
+}
+
+/// Reproducible inputs: normal values, a stream of their own for each call.
+struct Inputs {
+    rng: ChaCha8Rng,
+}
+
+impl Inputs {
+    fn new(seed: u64) -> Self {
+        Self { rng: ChaCha8Rng::seed_from_u64(seed) }
+    }
+
+    /// `len` values with this standard deviation.
+    fn normal(&mut self, len: usize, deviation: f32) -> Vec<f32> {
+        (0..len)
+            .map(|_| deviation * <StandardNormal as Distribution<f32>>::sample(&StandardNormal, &mut self.rng))
+            .collect()
+    }
+
+    /// `len` tokens below `vocab`, some of them often.
+    fn tokens(&mut self, len: usize, vocab: usize) -> Vec<u32> {
+        let draw = |x: f32| ((x.abs() / 3.0 * vocab as f32) as usize).min(vocab - 1) as u32;
+        self.normal(len, 1.0).into_iter().map(draw).collect()
+    }
+}
+
+/// A buffer of the role that holds `values`.
+fn upload<D: Device>(device: &mut D, role: Role, values: &[f32]) -> Result<D::Buffer> {
+    let mut buffer = device.alloc(role, "parity input", values.len())?;
+    device.upload(&mut buffer, 0, values)?;
+    Ok(buffer)
+}
+
+/// An activation buffer full of a value that no result is, so that what an operation does not write shows.
+fn unwritten<D: Device>(device: &mut D, len: usize) -> Result<D::Buffer> {
+    upload(device, Role::Activations, &vec![UNWRITTEN; len])
+}
+
+/// See [`unwritten`].
+const UNWRITTEN: f32 = 77.0;
+
+/// A buffer's first `len` elements.
+fn fetch<D: Device>(device: &mut D, buffer: &D::Buffer, len: usize) -> Result<Vec<f32>> {
+    device.download(buffer, Span { offset: 0, len })
+}
+
+/// Places of tensors of these lengths in a flat buffer, aligned as a model's are; and the buffer's length.
+fn layout<const N: usize>(lens: [usize; N]) -> ([Span; N], usize) {
+    let mut end = 0;
+    let spans = lens.map(|len| {
+        let span = Span { offset: end, len };
+        end = (end + len).next_multiple_of(TENSOR_ALIGN);
+        span
+    });
+    (spans, end)
+}

@@ -1,0 +1,123 @@
+//! The wgpu backend against the reference: operation by operation, then whole steps on the golden runs, then two runs
+//! against each other. Without an adapter these tests say so and pass; `BANDTRAIN_REQUIRE=wgpu` makes that a failure.
+
+#[path = "golden.rs"]
+mod golden;
+
+use bandtrain::backend::cpu::Cpu;
+use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu, adapters};
+use bandtrain::config::{GptConfig, preset};
+use bandtrain::model::{Activations, Model};
+use bandtrain::optim::{Optimizer, Recipe};
+use bandtrain::parity;
+use bandtrain::tolerance::UNIT_F32;
+use bandtrain::weights::Weights;
+
+/// The device, or `None` with a visible line when there is none.
+fn device(options: &Options) -> Option<Wgpu> {
+    if adapters().is_empty() {
+        let required =
+            std::env::var("BANDTRAIN_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == "wgpu"));
+        assert!(!required, "BANDTRAIN_REQUIRE asks for wgpu, but there is no adapter");
+        eprintln!("skipped: no wgpu adapter on this machine");
+        return None;
+    }
+    Some(Wgpu::new(options).unwrap())
+}
+
+/// With bounds checks in the shaders.
+fn checked() -> Options {
+    Options { checked: true, ..Options::default() }
+}
+
+fn check_parity(options: &Options) {
+    let Some(mut device) = device(options) else { return };
+    let rows = parity::run(&mut device, &mut Cpu::new()).unwrap();
+    let failed: Vec<String> = rows.iter().filter(|row| !row.passes()).map(ToString::to_string).collect();
+    assert!(failed.is_empty(), "{} of {} rows disagree:\n{}", failed.len(), rows.len(), failed.join("\n"));
+    assert!(rows.len() > 400, "only {} rows", rows.len());
+}
+
+#[test]
+fn every_operation_agrees_with_the_reference() {
+    check_parity(&checked());
+}
+
+/// The kernels of graphics hardware, wherever this runs, sums shared out as on a large card.
+#[test]
+fn every_operation_agrees_with_a_cards_kernels() {
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete)), ..Options::default() });
+}
+
+/// The large tiles, which results as small as these get on an adapter that is soon busy.
+#[test]
+fn every_operation_agrees_with_large_tiles() {
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete).with_busy_groups(1)), ..checked() });
+}
+
+#[test]
+fn every_operation_agrees_within_the_default_limits() {
+    check_parity(&Options { default_limits: true, ..Options::default() });
+}
+
+/// What exceeds a binding goes through in chunks; a binding of 16 KiB makes nearly everything exceed it.
+#[test]
+fn every_operation_agrees_in_chunks() {
+    check_parity(&Options { default_limits: true, binding_bytes: Some(16 << 10), ..checked() });
+}
+
+macro_rules! golden_runs {
+    ($($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            let Some(device) = device(&checked()) else { return };
+            golden::check(device, stringify!($name), UNIT_F32);
+        }
+    )*};
+}
+
+golden_runs! { dense fc1_bw64 fc2_bw32 both_odd both_wide }
+
+#[test]
+fn a_golden_run_in_chunks() {
+    let Some(device) = device(&Options { binding_bytes: Some(4 << 10), ..checked() }) else { return };
+    golden::check(device, "both_odd", UNIT_F32);
+}
+
+/// Losses and weights of a few steps of a small banded model, as bits.
+fn train(options: &Options) -> Option<Vec<u32>> {
+    const STEPS: usize = 3;
+    let device = device(options)?;
+    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256, ..preset("toy").unwrap().model };
+    let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
+    let mut acts = Activations::new(&mut model, 2, 100, true).unwrap();
+    let mut optimizer = Optimizer::new(&mut model).unwrap();
+    let tokens: Vec<u32> = (0..201 * STEPS as u32).map(|k| k * k * 7919 % 257).collect();
+    let mut results = Vec::new();
+    for batch in tokens.chunks(201) {
+        for micro_step in 0..2 {
+            model.upload_batch(&mut acts, &batch[..200], &batch[1..]).unwrap();
+            optimizer.micro_step(&mut model, &mut acts, micro_step, 2).unwrap();
+        }
+        results.push(optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-3).unwrap());
+    }
+    // Collected late: a step does not wait for the one before.
+    let scalars: Vec<_> = results.into_iter().map(|result| result.collect(&mut model).unwrap()).collect();
+    let weights = model.weights().unwrap();
+    let scalars = scalars.into_iter().flat_map(|(loss, norm)| [loss, norm]);
+    Some(scalars.chain(weights.values().iter().copied()).map(f32::to_bits).collect())
+}
+
+#[test]
+fn two_runs_give_the_same_bits() {
+    let Some(first) = train(&Options::default()) else { return };
+    assert!(first == train(&Options::default()).unwrap(), "two runs differ");
+    assert!(first == train(&checked()).unwrap(), "bounds checks change a result");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_a_sentence() {
+    let error = Wgpu::new(&Options { adapter: Some("no such card".into()), ..Options::default() }).err().unwrap();
+    assert!(error.to_string().contains("'no such card'"), "{error}");
+    assert_eq!(error.exit_code(), 2);
+}

@@ -1,0 +1,75 @@
+//! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has, and becomes
+//! SPIR-V, MSL and HLSL.
+
+use bandtrain::backend::wgpu::{Kernel, dump_shaders, instantiations};
+use naga::back::{hlsl, msl, spv};
+use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
+use std::collections::HashSet;
+
+/// Workgroup memory and invocations that every WebGPU adapter has.
+const WORKGROUP_BYTES: u32 = 16 << 10;
+const INVOCATIONS: u32 = 256;
+const STORAGE_BUFFERS: usize = 8;
+
+fn parse(kernel: &Kernel) -> (naga::Module, ModuleInfo) {
+    let source = kernel.source().unwrap();
+    let module = naga::front::wgsl::parse_str(&source)
+        .unwrap_or_else(|error| panic!("{}: {}", kernel.name(), error.emit_to_string(&source)));
+    let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
+        .validate(&module)
+        .unwrap_or_else(|error| panic!("{}: {}", kernel.name(), error.emit_to_string(&source)));
+    (module, info)
+}
+
+#[test]
+fn every_instantiation_becomes_spirv_msl_and_hlsl() {
+    for kernel in instantiations() {
+        let (module, info) = parse(&kernel);
+        let name = kernel.name();
+        let words = spv::write_vec(&module, &info, &spv::Options::default(), None).expect(&name);
+        assert_eq!(words[0], 0x0723_0203, "{name}: no SPIR-V");
+        let options = msl::Options { fake_missing_bindings: true, ..msl::Options::default() };
+        let (text, _) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default()).expect(&name);
+        assert!(text.contains(&format!("kernel void {}", kernel.entry())), "{name}: no Metal kernel");
+        let mut text = String::new();
+        let (options, pipeline) = (hlsl::Options::default(), hlsl::PipelineOptions::default());
+        hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None).expect(&name);
+        assert!(text.contains("numthreads("), "{name}: no HLSL kernel");
+    }
+}
+
+#[test]
+fn every_instantiation_fits_the_default_limits() {
+    for kernel in instantiations() {
+        let (module, _) = parse(&kernel);
+        let name = kernel.name();
+        let mut layouter = naga::proc::Layouter::default();
+        layouter.update(module.to_ctx()).unwrap();
+        let in_space = |space: naga::AddressSpace| {
+            module.global_variables.iter().map(|(_, variable)| variable).filter(move |variable| variable.space == space)
+        };
+        let bytes: u32 = in_space(naga::AddressSpace::WorkGroup).map(|variable| layouter[variable.ty].size).sum();
+        assert!(bytes <= WORKGROUP_BYTES, "{name}: {bytes} bytes of workgroup memory");
+        let buffers = module
+            .global_variables
+            .iter()
+            .filter(|(_, variable)| matches!(variable.space, naga::AddressSpace::Storage { .. }));
+        assert!(buffers.count() <= STORAGE_BUFFERS, "{name}: too many storage buffers");
+        let [x, y, z] = module.entry_points[0].workgroup_size;
+        assert!(x * y * z <= INVOCATIONS, "{name}: {x}x{y}x{z} invocations");
+        let parameters = in_space(naga::AddressSpace::Uniform).map(|variable| layouter[variable.ty].size).max();
+        assert!(parameters.unwrap() <= 256, "{name}: more parameters than a slot holds");
+        assert_eq!(module.entry_points.len(), 1, "{name}: one entry point each");
+    }
+}
+
+#[test]
+fn instantiations_have_names_of_their_own_and_are_written_one_file_each() {
+    let kernels = instantiations();
+    let names: HashSet<String> = kernels.iter().map(Kernel::name).collect();
+    assert_eq!(names.len(), kernels.len());
+    let dir = tempfile::tempdir().unwrap();
+    let count = dump_shaders(dir.path().join("shaders")).unwrap();
+    assert_eq!(count, kernels.len());
+    assert_eq!(std::fs::read_dir(dir.path().join("shaders")).unwrap().count(), count);
+}
