@@ -80,7 +80,7 @@ impl GptConfig {
 }
 
 /// Pads a vocabulary size to the next multiple of [`VOCAB_PADDING`].
-pub fn padded_vocab(vocab_size: usize) -> usize {
+pub const fn padded_vocab(vocab_size: usize) -> usize {
     vocab_size.next_multiple_of(VOCAB_PADDING)
 }
 
