@@ -11,9 +11,9 @@
 //   [B, capacity, C] of which `past` tokens precede the queries. Any T; HS = `head_size` up to 128, padded to `dim`, a
 //   multiple of 32, with zeros. All head sizes and strides multiples of 4: loads by vec4 (`vec`).
 // Dtypes: f32 arithmetic; activations as stored; lse and delta f32.
-// Grid: one workgroup of 128 threads per (sequence, head, block of 64 queries; or of 64 keys for the key gradients). It
-//   walks over tiles of 32 of the other axis, skipping those that causality hides. A thread holds 4 x 4 scores and
-//   4 x dim/8 results. Workgroup memory is 16 KiB at most.
+// Grid: one workgroup per (sequence, head, block of 64 queries; or of 64 keys for the key gradients). It walks over tiles
+//   of 32 of the other axis, skipping those that causality hides. Each of its 64/tm * 32/tn threads holds tm x tn scores
+//   and tm x (dim tn / 32) results; rows come in fours, `quad` being a four's number. Workgroup memory is 16 KiB at most.
 // Determinism: one thread sums each element in order; dQ is computed apart from dK and dV, so nothing is added atomically.
 // Caller: src/backend/wgpu/attention.rs.
 {% import "matrix.wgsl" as matrix %}
@@ -44,7 +44,9 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 {%- set stored = "vec4<Element>" if vec else "Element" %}
-{%- set columns = dim // 32 %}
+{%- set across = 32 // tn %}
+{%- set quads = tm // 4 %}
+{%- set lanes4 = ["x", "y", "z", "w"] %}
 {%- if entry == "attention_append" %}
 @group(0) @binding(1) var<storage, read> qkv: array<{{ stored }}>;
 @group(0) @binding(2) var<storage, read_write> keys: array<{{ stored }}>;
@@ -171,60 +173,68 @@ fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
 }
 {%- endif %}
 
+{#- the number of a thread's q-th four of block rows, and the first row or column of a four -#}
+{% macro quad(q) %}(ty + {{ q * (64 // tm) }}u){% endmacro %}
+{%- set fours = "vec4<u32>(0u, 1u, 2u, 3u)" %}
 {#- acc[block row, tile column] += the product of two operands over the head's elements -#}
 {% macro scores(acc, block_of, block0, tile_of, tile0) %}
     for (var d0 = 0u; d0 < {{ dim }}u; d0 += 16u) {
-{{- matrix.stage_transposed("block_part", 64, 16, 128, block_of, block0, "d0", ", pair") }}
-{{- matrix.stage_transposed("tile_part", 32, 16, 128, tile_of, tile0, "d0", ", pair") }}
+{{- matrix.stage_transposed("block_part", 64, 16, threads, block_of, block0, "d0", ", pair") }}
+{{- matrix.stage_transposed("tile_part", 32, 16, threads, tile_of, tile0, "d0", ", pair") }}
     workgroupBarrier();
-{{- matrix.multiply(acc, "block_part", "0u", "tile_part", 64, 32, 16, 4, 4) }}
+{{- matrix.multiply(acc, "block_part", "0u", "tile_part", 64, 32, 16, tm, tn) }}
     workgroupBarrier();
     }
 {% endmacro %}
 {#- acc[block row, d] += the weights' product with the tile's rows, `spread` rows at a time -#}
 {% macro spread_over(acc, tile_of, tile0) %}
     for (var t0 = 0u; t0 < TILE; t0 += {{ spread }}u) {
-{{- matrix.stage_direct("tile_part", dim, spread, 128, tile_of, tile0 ~ " + t0", "0u", ", pair") }}
+{{- matrix.stage_direct("tile_part", dim, spread, threads, tile_of, tile0 ~ " + t0", "0u", ", pair") }}
     workgroupBarrier();
-{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", 64, dim, spread, 4, dim // 8) }}
+{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", 64, dim, spread, tm, dim // across) }}
     workgroupBarrier();
     }
 {% endmacro %}
-{#- the thread's 4 x 4 results go to `weights`, transposed -#}
+{#- the thread's scores go to `weights`, transposed -#}
 {% macro keep(acc) %}
-{%- for j in range(4) %}{% set lane = ["x", "y", "z", "w"][j] %}
-    weights[(tx * 4u + {{ j }}u) * 16u + ty] = vec4<f32>({{ acc }}0_0.{{ lane }}, {{ acc }}1_0.{{ lane }}, {{ acc }}2_0.{{ lane }}, {{ acc }}3_0.{{ lane }});
-{%- endfor %}
+{%- for q in range(quads) %}{% for j in range(tn // 4) %}{% for lane in lanes4 %}
+    weights[({{ matrix.col(j, 32, tn) }} + {{ loop.index0 }}u) * 16u + {{ quad(q) }}] = vec4<f32>(
+{%- for i in range(4 * q, 4 * q + 4) %}{{ acc }}{{ i }}_{{ j }}.{{ lane }}, {% endfor %});
+{%- endfor %}{% endfor %}{% endfor %}
 {% endmacro %}
 
-@compute @workgroup_size(128)
+@compute @workgroup_size({{ threads }})
 fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let group = group_index(id);
     if (group >= p.end) { return; }
-    let tx = thread % 8u;
-    let ty = thread / 8u;
+    let tx = thread % {{ across }}u;
+    let ty = thread / {{ across }}u;
     let pairs = p.batch * p.heads;
     let pair = Pair((group % pairs) / p.heads, group % p.heads);
     let blocks = (p.tokens + BLOCK - 1u) / BLOCK;
 {%- if entry == "attention_backward_key" %}
     // The first keys are seen by all queries: the longest work starts first.
     let block0 = (group / pairs) * BLOCK;
-    let four_keys = vec4<u32>(block0 + ty * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-{{- matrix.accumulators("dk", 4, dim // 8) }}
-{{- matrix.accumulators("dv", 4, dim // 8) }}
+{{- matrix.accumulators("dk", tm, dim // across) }}
+{{- matrix.accumulators("dv", tm, dim // across) }}
     for (var tile0 = block0 / TILE * TILE; tile0 < p.tokens; tile0 += TILE) {
-{{- matrix.accumulators("s", 4, 4) }}
-{{- matrix.accumulators("g", 4, 4) }}
+{{- matrix.accumulators("s", tm, tn) }}
+{{- matrix.accumulators("g", tm, tn) }}
 {{- scores("s", "key_of", "block0", "query_of", "tile0") }}
 {{- scores("g", "value_of", "block0", "dout_of", "tile0") }}
-        let at = statistics_at(pair, tile0 + tx * 4u);
-        let sums = vec4<f32>(lse[at.x], lse[at.y], lse[at.z], lse[at.w]);
-        let deltas = vec4<f32>(delta[at.x], delta[at.y], delta[at.z], delta[at.w]);
-        let queries = vec4<u32>(tile0 + tx * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-{%- for i in range(4) %}
-        let seen{{ i }} = (vec4<u32>(four_keys.{{ ["x", "y", "z", "w"][i] }}) <= queries) & (queries < vec4<u32>(p.tokens));
-        s{{ i }}_0 = select(vec4<f32>(), exp(s{{ i }}_0 * p.scale - sums), seen{{ i }});
-        g{{ i }}_0 = s{{ i }}_0 * (g{{ i }}_0 - deltas) * p.scale;
+{%- for j in range(tn // 4) %}
+        {
+            let first_query = tile0 + {{ matrix.col(j, 32, tn) }};
+            let queries = vec4<u32>(first_query) + {{ fours }};
+            let at = statistics_at(pair, first_query);
+            let sums = vec4<f32>(lse[at.x], lse[at.y], lse[at.z], lse[at.w]);
+            let deltas = vec4<f32>(delta[at.x], delta[at.y], delta[at.z], delta[at.w]);
+{%- for i in range(tm) %}
+            let seen{{ i }} = (vec4<u32>(block0 + {{ matrix.row(i, 64, tm) }}) <= queries) & (queries < vec4<u32>(p.tokens));
+            s{{ i }}_{{ j }} = select(vec4<f32>(), exp(s{{ i }}_{{ j }} * p.scale - sums), seen{{ i }});
+            g{{ i }}_{{ j }} = s{{ i }}_{{ j }} * (g{{ i }}_{{ j }} - deltas) * p.scale;
+{%- endfor %}
+        }
 {%- endfor %}
 {{- keep("s") }}
         workgroupBarrier();
@@ -233,10 +243,10 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
         workgroupBarrier();
 {{- spread_over("dk", "query_of", "tile0") }}
     }
-{%- for i in range(4) %}{% for j in range(columns) %}
+{%- for i in range(tm) %}{% for j in range(dim // across // 4) %}
     {
-        let key = block0 + {{ matrix.row(i, 64, 4) }};
-        let d = {{ matrix.col(j, dim, dim // 8) }};
+        let key = block0 + {{ matrix.row(i, 64, tm) }};
+        let d = {{ matrix.col(j, dim, dim // across) }};
         let valid = inside(key, p.tokens, d);
         store_dqkv(p.dqkv_at + qkv_at(pair, 1u, key, d), valid, dk{{ i }}_{{ j }});
         store_dqkv(p.dqkv_at + qkv_at(pair, 2u, key, d), valid, dv{{ i }}_{{ j }});
@@ -245,74 +255,99 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
 {%- else %}
     // The last queries see all keys: the longest work starts first.
     let block0 = (blocks - 1u - group / pairs) * BLOCK;
-    let four_queries = vec4<u32>(p.past + block0 + ty * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
     let key_end = min(p.keys, p.past + block0 + BLOCK);
-{{- matrix.accumulators("o", 4, dim // 8) }}
+{{- matrix.accumulators("o", tm, dim // across) }}
+{%- for q in range(quads) %}
 {%- if entry == "attention_forward" %}
-    // Of the thread's four queries: the largest score so far, and this thread's share of the sum of exponentials.
-    var largest = vec4<f32>(HIDDEN);
-    var sums = vec4<f32>();
+    // Of four queries: the largest score so far, and this thread's share of the sum of exponentials.
+    var largest{{ q }} = vec4<f32>(HIDDEN);
+    var sums{{ q }} = vec4<f32>();
 {%- else %}
-    let at = statistics_at(pair, block0 + ty * 4u);
-    let sums = vec4<f32>(lse[at.x], lse[at.y], lse[at.z], lse[at.w]);
-    let deltas = vec4<f32>(delta[at.x], delta[at.y], delta[at.z], delta[at.w]);
+    let at{{ q }} = statistics_at(pair, block0 + {{ quad(q) }} * 4u);
+    let sums{{ q }} = vec4<f32>(lse[at{{ q }}.x], lse[at{{ q }}.y], lse[at{{ q }}.z], lse[at{{ q }}.w]);
+    let deltas{{ q }} = vec4<f32>(delta[at{{ q }}.x], delta[at{{ q }}.y], delta[at{{ q }}.z], delta[at{{ q }}.w]);
 {%- endif %}
-    for (var tile0 = 0u; tile0 < key_end; tile0 += TILE) {
-{{- matrix.accumulators("s", 4, 4) }}
-{{- scores("s", "query_of", "block0", "key_of", "tile0") }}
-        let four_keys = vec4<u32>(tile0 + tx * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
-{%- if entry == "attention_forward" %}
-{%- for i in range(4) %}
-        s{{ i }}_0 = select(vec4<f32>(HIDDEN), s{{ i }}_0 * p.scale, four_keys <= vec4<u32>(four_queries.{{ ["x", "y", "z", "w"][i] }}));
 {%- endfor %}
-        var peaks = vec4<f32>(
-{%- for i in range(4) %}
-            max(max(s{{ i }}_0.x, s{{ i }}_0.y), max(s{{ i }}_0.z, s{{ i }}_0.w)),
+    for (var tile0 = 0u; tile0 < key_end; tile0 += TILE) {
+{{- matrix.accumulators("s", tm, tn) }}
+{{- scores("s", "query_of", "block0", "key_of", "tile0") }}
+{%- for j in range(tn // 4) %}
+        let keys{{ j }} = vec4<u32>(tile0 + {{ matrix.col(j, 32, tn) }}) + {{ fours }};
+{%- endfor %}
+{%- if entry == "attention_forward" %}
+{%- for i in range(tm) %}{% for j in range(tn // 4) %}
+        s{{ i }}_{{ j }} = select(
+            vec4<f32>(HIDDEN),
+            s{{ i }}_{{ j }} * p.scale,
+            keys{{ j }} <= vec4<u32>(p.past + block0 + {{ matrix.row(i, 64, tm) }}),
+        );
+{%- endfor %}
+        var peak{{ i }} = s{{ i }}_0;
+{%- for j in range(1, tn // 4) %}
+        peak{{ i }} = max(peak{{ i }}, s{{ i }}_{{ j }});
+{%- endfor %}
+{%- endfor %}
+{%- for q in range(quads) %}
+        var peaks{{ q }} = vec4<f32>(
+{%- for i in range(4 * q, 4 * q + 4) %}
+            max(max(peak{{ i }}.x, peak{{ i }}.y), max(peak{{ i }}.z, peak{{ i }}.w)),
 {%- endfor %}
         );
-        block_part[tx * 16u + ty] = peaks;
+        block_part[tx * 16u + {{ quad(q) }}] = peaks{{ q }};
+{%- endfor %}
         workgroupBarrier();
-        for (var t = 0u; t < 8u; t += 1u) { peaks = max(peaks, block_part[t * 16u + ty]); }
-        let raised = max(largest, peaks);
-        let fade = exp(largest - raised);
-        largest = raised;
-{%- for i in range(4) %}{% set lane = ["x", "y", "z", "w"][i] %}
-        s{{ i }}_0 = exp(s{{ i }}_0 - raised.{{ lane }});
-        sums.{{ lane }} = sums.{{ lane }} * fade.{{ lane }} + ((s{{ i }}_0.x + s{{ i }}_0.y) + (s{{ i }}_0.z + s{{ i }}_0.w));
-{%- for j in range(columns) %}
-        o{{ i }}_{{ j }} *= fade.{{ lane }};
+{%- for q in range(quads) %}
+        for (var t = 0u; t < {{ across }}u; t += 1u) { peaks{{ q }} = max(peaks{{ q }}, block_part[t * 16u + {{ quad(q) }}]); }
+        let raised{{ q }} = max(largest{{ q }}, peaks{{ q }});
+        let fade{{ q }} = exp(largest{{ q }} - raised{{ q }});
+        largest{{ q }} = raised{{ q }};
+        sums{{ q }} *= fade{{ q }};
+{%- for lane in lanes4 %}{% set i = 4 * q + loop.index0 %}
+{%- for j in range(tn // 4) %}
+        s{{ i }}_{{ j }} = exp(s{{ i }}_{{ j }} - raised{{ q }}.{{ lane }});
+        sums{{ q }}.{{ lane }} += (s{{ i }}_{{ j }}.x + s{{ i }}_{{ j }}.y) + (s{{ i }}_{{ j }}.z + s{{ i }}_{{ j }}.w);
+{%- endfor %}
+{%- for j in range(dim // across // 4) %}
+        o{{ i }}_{{ j }} *= fade{{ q }}.{{ lane }};
+{%- endfor %}
 {%- endfor %}
 {%- endfor %}
 {{- keep("s") }}
         workgroupBarrier();
 {{- spread_over("o", "value_of", "tile0") }}
 {%- else %}
-{{- matrix.accumulators("g", 4, 4) }}
+{{- matrix.accumulators("g", tm, tn) }}
 {{- scores("g", "dout_of", "block0", "value_of", "tile0") }}
-{%- for i in range(4) %}{% set lane = ["x", "y", "z", "w"][i] %}
-        let seen{{ i }} = four_keys <= vec4<u32>(four_queries.{{ lane }});
-        s{{ i }}_0 = select(vec4<f32>(), exp(s{{ i }}_0 * p.scale - sums.{{ lane }}), seen{{ i }});
-        g{{ i }}_0 = s{{ i }}_0 * (g{{ i }}_0 - deltas.{{ lane }}) * p.scale;
-{%- endfor %}
+{%- for i in range(tm) %}{% set q = i // 4 %}{% set lane = lanes4[i % 4] %}{% for j in range(tn // 4) %}
+        s{{ i }}_{{ j }} = select(
+            vec4<f32>(),
+            exp(s{{ i }}_{{ j }} * p.scale - sums{{ q }}.{{ lane }}),
+            keys{{ j }} <= vec4<u32>(p.past + block0 + {{ matrix.row(i, 64, tm) }}),
+        );
+        g{{ i }}_{{ j }} = s{{ i }}_{{ j }} * (g{{ i }}_{{ j }} - deltas{{ q }}.{{ lane }}) * p.scale;
+{%- endfor %}{% endfor %}
 {{- keep("g") }}
         workgroupBarrier();
 {{- spread_over("o", "key_of", "tile0") }}
 {%- endif %}
     }
 {%- if entry == "attention_forward" %}
-    block_part[tx * 16u + ty] = sums;
+{%- for q in range(quads) %}
+    block_part[tx * 16u + {{ quad(q) }}] = sums{{ q }};
+{%- endfor %}
     workgroupBarrier();
-    var sum = vec4<f32>();
-    for (var t = 0u; t < 8u; t += 1u) { sum += block_part[t * 16u + ty]; }
-    let inverse = 1.0 / sum;
+{%- for q in range(quads) %}
+    var sum{{ q }} = vec4<f32>();
+    for (var t = 0u; t < {{ across }}u; t += 1u) { sum{{ q }} += block_part[t * 16u + {{ quad(q) }}]; }
+{%- endfor %}
 {%- endif %}
-{%- for i in range(4) %}{% for j in range(columns) %}
+{%- for i in range(tm) %}{% for j in range(dim // across // 4) %}
     {
-        let query = block0 + {{ matrix.row(i, 64, 4) }};
-        let d = {{ matrix.col(j, dim, dim // 8) }};
+        let query = block0 + {{ matrix.row(i, 64, tm) }};
+        let d = {{ matrix.col(j, dim, dim // across) }};
         let valid = inside(query, p.tokens, d);
 {%- if entry == "attention_forward" %}
-        store_out(p.out_at + out_at(pair, query, d), valid, o{{ i }}_{{ j }} * inverse.{{ ["x", "y", "z", "w"][i] }});
+        store_out(p.out_at + out_at(pair, query, d), valid, o{{ i }}_{{ j }} / sum{{ i // 4 }}.{{ lanes4[i % 4] }});
 {%- else %}
         store_dqkv(p.dqkv_at + qkv_at(pair, 0u, query, d), valid, o{{ i }}_{{ j }});
 {%- endif %}
@@ -320,10 +355,14 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
 {%- endfor %}{% endfor %}
 {%- if entry == "attention_forward" and not cached %}
     if (tx == 0u) {
-        let kept = largest + log(sum);
         let at = p.lse_at + (pair.batch * p.heads + pair.head) * p.tokens;
-{%- for i in range(4) %}
-        if (block0 + {{ matrix.row(i, 64, 4) }} < p.tokens) { lse[at + block0 + {{ matrix.row(i, 64, 4) }}] = kept.{{ ["x", "y", "z", "w"][i] }}; }
+{%- for q in range(quads) %}
+        let kept{{ q }} = largest{{ q }} + log(sum{{ q }});
+{%- endfor %}
+{%- for i in range(tm) %}
+        if (block0 + {{ matrix.row(i, 64, tm) }} < p.tokens) {
+            lse[at + block0 + {{ matrix.row(i, 64, tm) }}] = kept{{ i // 4 }}.{{ lanes4[i % 4] }};
+        }
 {%- endfor %}
     }
 {%- endif %}

@@ -6,6 +6,7 @@ mod golden;
 
 use bandtrain::backend::cpu::Cpu;
 use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu, adapters};
+use bandtrain::backend::{Attention, Device, Role, SequenceDims};
 use bandtrain::config::{GptConfig, preset};
 use bandtrain::model::{Activations, Model};
 use bandtrain::optim::{Optimizer, Recipe};
@@ -113,6 +114,20 @@ fn two_runs_give_the_same_bits() {
     let Some(first) = train(&Options::default()) else { return };
     assert!(first == train(&Options::default()).unwrap(), "two runs differ");
     assert!(first == train(&checked()).unwrap(), "bounds checks change a result");
+}
+
+#[test]
+fn what_does_not_fit_is_a_sentence() {
+    let Some(mut device) = device(&Options { default_limits: true, ..checked() }) else { return };
+    for len in [1 << 45, usize::MAX] {
+        let error = device.alloc(Role::Activations, "gelu", len).err().unwrap();
+        assert!(error.to_string().starts_with("gelu needs") && error.exit_code() == 2, "{error}");
+    }
+    let dims = SequenceDims { batch: 1, tokens: 2, channels: 132, heads: 1 };
+    let [mut out, mut log_sum_exp, qkv] =
+        ["out", "log_sum_exp", "qkv"].map(|name| device.alloc(Role::Activations, name, 2 * 3 * 132).unwrap());
+    let error = device.attention_forward(&mut out, &mut log_sum_exp, &qkv, dims).unwrap_err();
+    assert!(error.to_string().contains("head sizes C/NH up to 128, not 132"), "{error}");
 }
 
 #[test]

@@ -3,12 +3,15 @@
 use super::Wgpu;
 use super::buffer::{Buffer, aligned};
 use super::pipelines::Kernel;
+use super::tuning::TUNINGS;
 use crate::backend::{Attention, KeyValues, SequenceDims};
 use crate::error::{Error, Result};
 use crate::shapes::{Span, TENSOR_ALIGN};
 
 /// Queries (or keys) of a workgroup.
 const BLOCK: usize = 64;
+/// How many of the other axis it takes at a time.
+const TILE: usize = 32;
 /// Threads of the kernels that work element by element.
 const THREADS: usize = 64;
 /// The largest head there is workgroup memory for.
@@ -19,7 +22,7 @@ fn by_fours(head_size: usize) -> u32 {
     u32::from(head_size.is_multiple_of(4))
 }
 
-fn block_kernel(entry: &'static str, head_size: usize, cached: bool) -> Kernel {
+fn block_kernel(entry: &'static str, head_size: usize, cached: bool, [tm, tn]: [usize; 2]) -> Kernel {
     let dim = head_size.next_multiple_of(32);
     // Rows of the tile staged at a time: 4 KiB of workgroup memory.
     let spread = if dim <= 64 { 16 } else { 8 };
@@ -29,29 +32,39 @@ fn block_kernel(entry: &'static str, head_size: usize, cached: bool) -> Kernel {
         ("spread", spread),
         ("vec", by_fours(head_size)),
         ("cached", u32::from(cached)),
+        ("tm", tm as u32),
+        ("tn", tn as u32),
+        ("threads", (BLOCK / tm * (TILE / tn)) as u32),
     ];
     Kernel::new("attention", entry, &variables)
 }
 
 fn element_kernel(entry: &'static str, head_size: usize) -> Kernel {
-    let variables =
-        [("head_size", head_size as u32), ("dim", 32), ("vec", by_fours(head_size)), ("threads", THREADS as u32)];
+    let variables = [
+        ("head_size", head_size as u32),
+        ("dim", 32),
+        ("tm", 4),
+        ("tn", 4),
+        ("vec", by_fours(head_size)),
+        ("threads", THREADS as u32),
+    ];
     Kernel::new("attention", entry, &variables)
 }
 
 /// Instantiations for the presets' heads, small and odd ones, and the largest.
 pub(super) fn kernels() -> Vec<Kernel> {
-    let of = |head_size| {
+    let of = |(head_size, tile): (usize, [usize; 2])| {
         [
-            block_kernel("attention_forward", head_size, false),
-            block_kernel("attention_forward", head_size, true),
-            block_kernel("attention_backward_query", head_size, false),
-            block_kernel("attention_backward_key", head_size, false),
+            block_kernel("attention_forward", head_size, false, tile),
+            block_kernel("attention_forward", head_size, true, tile),
+            block_kernel("attention_backward_query", head_size, false, tile),
+            block_kernel("attention_backward_key", head_size, false, tile),
             element_kernel("attention_delta", head_size),
             element_kernel("attention_append", head_size),
         ]
     };
-    [5, 8, 32, 64, 80, 96, 128].into_iter().flat_map(of).collect()
+    let tiles = |head_size| TUNINGS.map(|tuning| (head_size, tuning.attention));
+    [5, 8, 32, 64, 80, 96, 128].into_iter().flat_map(tiles).flat_map(of).collect()
 }
 
 /// Some of the sequences, the keys they see, and where they start in their bindings.
@@ -125,7 +138,7 @@ impl Attention for Wgpu {
         qkv: &Buffer,
         dims: SequenceDims,
     ) -> Result<()> {
-        let kernel = block_kernel("attention_forward", dims.head_size(), false);
+        let kernel = block_kernel("attention_forward", dims.head_size(), false, self.tuning.attention);
         for (first, batch) in self.sequence_chunks(dims, dims.tokens * 3 * dims.channels)? {
             let chunk = Chunk::new(dims, first, batch, 0, 0);
             let binds = [qkv.read(chunk.qkv.0), out.write(chunk.out.0), log_sum_exp.write(chunk.statistics.0)];
@@ -159,7 +172,7 @@ impl Attention for Wgpu {
                 dqkv.write(chunk.qkv.0),
             ];
             for (entry, products) in [("attention_backward_query", 3), ("attention_backward_key", 4)] {
-                let kernel = block_kernel(entry, dims.head_size(), false);
+                let kernel = block_kernel(entry, dims.head_size(), false, self.tuning.attention);
                 self.dispatch(&kernel, &binds, &chunk.words(), chunk.blocks(), chunk.flops(products))?;
             }
         }
@@ -175,7 +188,7 @@ impl Attention for Wgpu {
     ) -> Result<()> {
         let KeyValues { keys, values, capacity, past } = cache;
         let append = element_kernel("attention_append", dims.head_size());
-        let attend = block_kernel("attention_forward", dims.head_size(), true);
+        let attend = block_kernel("attention_forward", dims.head_size(), true, self.tuning.attention);
         let largest = (dims.tokens * 3).max(capacity) * dims.channels;
         for (first, batch) in self.sequence_chunks(dims, largest)? {
             let chunk = Chunk::new(dims, first, batch, past, capacity);

@@ -24,7 +24,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// (vec4 or not, elements of the longer side's rows)
+    /// 1 when rows of both sides are handled by vec4s, else 0.
     fn by_fours(&self) -> u32 {
         u32::from(self.narrow.is_multiple_of(4) && self.wide.is_multiple_of(4))
     }

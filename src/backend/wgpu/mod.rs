@@ -113,7 +113,7 @@ impl Wgpu {
 
     fn create(&mut self, name: &str, len: usize) -> Result<Buffer> {
         let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let size = (len.max(1).next_multiple_of(TENSOR_ALIGN) * 4) as u64;
+        let size = (len.max(1).div_ceil(TENSOR_ALIGN) as u64).saturating_mul(4 * TENSOR_ALIGN as u64);
         let raw = create_buffer(&self.gpu, name, size, usage)?;
         self.next_id += 1;
         Ok(Buffer::new(raw, self.next_id, len, name, self.graveyard.clone()))

@@ -24,6 +24,8 @@ pub struct Tuning {
     pub(super) band: [Tile; 2],
     /// The tile of the band's outer: a panel's rows times some columns of its window.
     pub(super) outer: Tile,
+    /// Scores of a thread in attention: queries (or keys) by keys (or queries).
+    pub(super) attention: [usize; 2],
     /// Workgroups from which on the adapter is busy: tiles are made smaller, or sums shared out, to get as many.
     pub(super) busy_groups: usize,
     /// FLOP/s that a slow adapter of its kind reaches: work is cut into dispatches by it, so that none runs for long.
@@ -43,6 +45,7 @@ const HARDWARE: Tuning = Tuning {
         Tile { bm: 32, bn: COLUMN_TILE, bk: 16, tm: 4, tn: 4 },
     ],
     outer: Tile { bm: PANEL_ROWS, bn: 64, bk: 16, tm: 8, tn: 4 },
+    attention: [4, 4],
     busy_groups: 256,
     slow_flops: 1e12,
 };
@@ -60,6 +63,7 @@ const SOFTWARE: Tuning = Tuning {
         Tile { bm: 32, bn: COLUMN_TILE, bk: 16, tm: 8, tn: 8 },
     ],
     outer: Tile { bm: PANEL_ROWS, bn: 64, bk: 16, tm: 16, tn: 8 },
+    attention: [16, 8],
     busy_groups: 4,
     slow_flops: 8e9,
 };
