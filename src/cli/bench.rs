@@ -61,7 +61,7 @@ enum What {
 /// An unknown preset; sizes that do not fit; the device fails.
 pub fn run(args: BenchArgs) -> Result<()> {
     match args.what {
-        What::Kernels => with_backend(args.device, Kernels(args)),
+        What::Kernels => with_backend(&args.device.clone(), Kernels(args)),
         What::Step => {
             let preset = preset(&args.preset)?;
             let dense = GptConfig { fc1_bandwidth: 0, fc2_bandwidth: 0, ..preset.model };
@@ -73,7 +73,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
                 let batch = args.batch_size.unwrap_or(preset.batch_size);
                 let tokens = args.seq_len.unwrap_or(dense.max_seq_len);
                 let (description, time) =
-                    with_backend(args.device, Step { config, batch, tokens, repeats: args.repeats })?;
+                    with_backend(&args.device, Step { config, batch, tokens, repeats: args.repeats })?;
                 if times.is_empty() && !args.json {
                     say!("{}: B={batch} T={tokens} on {description}, medians of {} runs", args.preset, args.repeats)?;
                 }

@@ -2,6 +2,7 @@
 
 use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::wgpu::{Options, Wgpu};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendName {
-    /// The fastest there is on this machine; says which and why.
+    /// The processor, and says so; a GPU is used when asked for.
     Auto,
     /// NVIDIA GPUs.
     Cuda,
@@ -36,11 +37,14 @@ pub enum Precision {
 }
 
 /// The flags that choose a device, shared by all commands that compute.
-#[derive(Debug, Clone, Copy, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub struct DeviceArgs {
     /// Where to compute
     #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
     pub backend: BackendName,
+    /// wgpu: the adapter, by its index or a part of its name ('bandtrain info' lists them)
+    #[arg(long, value_name = "NAME|INDEX")]
+    pub adapter: Option<String>,
     /// How to compute
     #[arg(long, value_enum, default_value = "auto", value_name = "NAME")]
     pub precision: Precision,
@@ -58,22 +62,43 @@ pub trait Task {
     fn run<B: Backend>(self, backend: B) -> Result<Self::Output>;
 }
 
-/// Runs `task` on the backend asked for. Whether there is one is found out before the task does anything.
+/// Runs `task` on the backend asked for.
 ///
 /// # Errors
-/// [`Error::Device`] when this build or machine has no such backend or precision; the task's own errors.
-pub fn with_backend<T: Task>(args: DeviceArgs, task: T) -> Result<T::Output> {
-    match args.backend {
-        BackendName::Auto | BackendName::Cpu => {}
-        BackendName::Cuda => return Err(missing("cuda")),
-        BackendName::Wgpu => return Err(missing("wgpu")),
-    }
-    match args.precision {
-        Precision::Auto | Precision::Fp32 => task.run(Cpu::new()),
-        _ => Err(Error::usage("the cpu backend computes in fp32 only; leave out --precision or choose fp32")),
+/// [`Error::Device`] when this build or machine has no such backend, [`Error::Usage`] for a precision or an adapter that
+/// it does not know; the task's own errors.
+pub fn with_backend<T: Task>(args: &DeviceArgs, task: T) -> Result<T::Output> {
+    let backend = match (args.backend, &args.adapter) {
+        // Naming an adapter is asking for wgpu.
+        (BackendName::Auto, Some(_)) => BackendName::Wgpu,
+        (BackendName::Auto, None) => BackendName::Cpu,
+        (name, _) => name,
+    };
+    match backend {
+        BackendName::Wgpu => {
+            fp32_only(args.precision, "wgpu")?;
+            task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), ..Options::default() })?)
+        }
+        BackendName::Cuda => {
+            Err(Error::Device("this version of bandtrain has no cuda backend; use --backend wgpu or cpu".to_string()))
+        }
+        BackendName::Cpu | BackendName::Auto => {
+            if args.adapter.is_some() {
+                return Err(Error::usage(
+                    "--adapter chooses among wgpu's adapters; leave it out or use --backend wgpu",
+                ));
+            }
+            fp32_only(args.precision, "cpu")?;
+            task.run(Cpu::new())
+        }
     }
 }
 
-fn missing(name: &str) -> Error {
-    Error::Device(format!("this version of bandtrain has no {name} backend; use --backend cpu"))
+fn fp32_only(precision: Precision, backend: &str) -> Result<()> {
+    match precision {
+        Precision::Auto | Precision::Fp32 => Ok(()),
+        _ => Err(Error::usage(format!(
+            "the {backend} backend computes in fp32 only; leave out --precision or choose fp32"
+        ))),
+    }
 }

@@ -58,7 +58,7 @@ pub fn run(args: EvalArgs) -> Result<()> {
     check_seq_len(seq_len, weights.config().max_seq_len)?;
     let vocab = weights.config().vocab_size;
     let data = Loader::open(&args.val_data, vocab, args.batch_size, seq_len, Shuffle::None, 0)?;
-    with_backend(args.device, Eval { weights, data, args, seq_len })
+    with_backend(&args.device.clone(), Eval { weights, data, args, seq_len })
 }
 
 /// Refuses sequences longer than the model's positions.

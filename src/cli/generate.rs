@@ -76,7 +76,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     }
     let mut prompt = vec![tokenizer.end_of_text()];
     prompt.extend(tokenizer.encode(args.prompt.as_deref().unwrap_or("")));
-    with_backend(args.device, Generate { weights: checkpoint.weights, tokenizer, prompt, sampling, args })
+    with_backend(&args.device.clone(), Generate { weights: checkpoint.weights, tokenizer, prompt, sampling, args })
 }
 
 impl Task for Generate {

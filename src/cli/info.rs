@@ -6,12 +6,18 @@ use super::parse;
 use crate::backend::Backend;
 use crate::backend::Device;
 use crate::backend::cpu::Cpu;
+use crate::backend::wgpu;
 use crate::config::{GptConfig, preset};
 use crate::error::Result;
 use crate::memory::{MemoryEstimate, stored_elements};
 use crate::output::{bytes, grouped};
 use crate::say;
 use crate::shapes::{Param, ParamTable};
+use std::path::PathBuf;
+
+/// The features of an adapter that bear on training; `--json` lists all.
+const USEFUL_FEATURES: [&str; 5] =
+    ["SHADER_F16", "SUBGROUP", "EXPERIMENTAL_COOPERATIVE_MATRIX", "TIMESTAMP_QUERY", "PIPELINE_CACHE"];
 
 /// Shows devices, and the memory a training takes
 #[derive(clap::Args)]
@@ -34,6 +40,9 @@ pub struct InfoArgs {
     fc2_bandwidth: Option<usize>,
     #[command(flatten)]
     device: DeviceArgs,
+    /// Write every wgpu shader, at every instantiation, to a folder
+    #[arg(long, value_name = "DIR")]
+    dump_shaders: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -61,6 +70,10 @@ struct Info {
 /// # Errors
 /// An unknown preset; sizes that do not fit.
 pub fn run(args: InfoArgs) -> Result<()> {
+    if let Some(folder) = &args.dump_shaders {
+        let count = wgpu::dump_shaders(folder)?;
+        return say!("{}: {count} shaders", folder.display());
+    }
     let preset = preset(&args.preset)?;
     let config = GptConfig {
         fc1_bandwidth: args.fc1_bandwidth.unwrap_or(preset.model.fc1_bandwidth),
@@ -71,7 +84,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
     let tokens = args.seq_len.unwrap_or(config.max_seq_len);
     check_seq_len(tokens, config.max_seq_len)?;
     let batch = args.batch_size.unwrap_or(preset.batch_size);
-    with_backend(args.device, Info { config, batch, tokens, json: args.json, preset: args.preset })
+    with_backend(&args.device.clone(), Info { config, batch, tokens, json: args.json, preset: args.preset })
 }
 
 impl Task for Info {
@@ -95,7 +108,22 @@ impl Info {
         let Info { config, batch, tokens, preset, .. } = self;
         let table = ParamTable::new(config)?;
         say!("Devices")?;
-        say!("  cpu   {}, {} of memory free", Cpu::new().description(), bytes(Cpu::new().free_bytes().unwrap_or(0)))?;
+        say!(
+            "  cpu      {}, {} of memory free",
+            Cpu::new().description(),
+            bytes(Cpu::new().free_bytes().unwrap_or(0))
+        )?;
+        let adapters = wgpu::adapters();
+        if adapters.is_empty() {
+            say!("  wgpu     no adapter: there is no driver for Vulkan, Metal or DirectX 12")?;
+        }
+        for adapter in &adapters {
+            let limits = adapter.limits.iter().map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>();
+            say!("  wgpu {:>2}  {}", adapter.index, adapter.describe())?;
+            say!("           {}", limits.join(", "))?;
+            let useful = adapter.features.iter().map(String::as_str).filter(|name| USEFUL_FEATURES.contains(name));
+            say!("           {}", useful.collect::<Vec<_>>().join(" "))?;
+        }
         let count = grouped(table.count(config));
         say!(
             "\n{preset}: C={} L={} NH={} T={} V={}, {count} parameters",
@@ -147,7 +175,7 @@ impl Info {
             rows.iter().map(|r| serde_json::json!({ "name": r.name, "copies": r.copies, "bytes": r.bytes })).collect()
         };
         let json = serde_json::json!({
-            "devices": [{ "backend": "cpu", "name": Cpu::new().description(), "free_bytes": Cpu::new().free_bytes() }],
+            "devices": devices_json(),
             "device": backend.description(),
             "config": self.config,
             "parameters": table.count(&self.config),
@@ -160,4 +188,23 @@ impl Info {
         });
         say!("{json}")
     }
+}
+
+/// Every device there is, with what it offers.
+fn devices_json() -> Vec<serde_json::Value> {
+    let cpu = Cpu::new();
+    let cpu = serde_json::json!({ "backend": "cpu", "name": cpu.description(), "free_bytes": cpu.free_bytes() });
+    let adapters = wgpu::adapters().into_iter().map(|adapter| {
+        serde_json::json!({
+            "backend": "wgpu",
+            "index": adapter.index,
+            "name": adapter.name,
+            "kind": adapter.kind.name(),
+            "api": adapter.backend,
+            "driver": adapter.driver,
+            "limits": adapter.limits.iter().copied().collect::<std::collections::BTreeMap<_, _>>(),
+            "features": adapter.features,
+        })
+    });
+    std::iter::once(cpu).chain(adapters).collect()
 }

@@ -9,6 +9,7 @@ mod eval;
 mod generate;
 mod info;
 mod init;
+mod parity;
 mod parse;
 mod tokenize;
 mod train;
@@ -47,6 +48,7 @@ enum Command {
     Data(data::DataArgs),
     Convert(convert::ConvertArgs),
     Bench(bench::BenchArgs),
+    Parity(parity::ParityArgs),
     Band(band::BandArgs),
     Info(info::InfoArgs),
 }
@@ -74,6 +76,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Some(Command::Data(args)) => data::run(args),
         Some(Command::Convert(args)) => convert::run(args),
         Some(Command::Bench(args)) => bench::run(args),
+        Some(Command::Parity(args)) => parity::run(args),
         Some(Command::Band(args)) => band::run(args),
         Some(Command::Info(args)) => info::run(args),
     }

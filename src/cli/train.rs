@@ -196,6 +196,10 @@ pub struct TrainOptions {
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     backend: Option<BackendName>,
+    /// wgpu: the adapter, by its index or a part of its name ('bandtrain info' lists them)
+    #[arg(long, value_name = "NAME|INDEX", help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    adapter: Option<String>,
     /// How to compute [default: auto]
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -227,7 +231,7 @@ impl TrainOptions {
         }
         fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
             learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log metrics checkpoint
-            checkpoint_every backend precision);
+            checkpoint_every backend adapter precision);
         self.quiet |= others.quiet;
         self
     }
@@ -295,9 +299,10 @@ pub fn run(options: TrainOptions) -> Result<()> {
     let options = options.with_file()?;
     let device = DeviceArgs {
         backend: options.backend.unwrap_or(BackendName::Auto),
+        adapter: options.adapter.clone(),
         precision: options.precision.unwrap_or(Precision::Auto),
     };
-    with_backend(device, options)
+    with_backend(&device, options)
 }
 
 impl Task for TrainOptions {
@@ -514,7 +519,10 @@ impl TrainConfig {
         let plan = &self.plan;
         let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
         let mut reporter = Reporter::new(plan.steps, self.options.quiet, metrics, log)?;
-        describe(&self.name, &self.weights, plan, &self.train, &backend.description(), &mut reporter)?;
+        let auto = matches!(self.options.backend, None | Some(BackendName::Auto)) && self.options.adapter.is_none();
+        let why = if auto { " (auto: a GPU is used when asked for, with --backend wgpu)" } else { "" };
+        let device = format!("{}, fp32{why}", backend.description());
+        describe(&self.name, &self.weights, plan, &self.train, &device, &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
         }
@@ -565,7 +573,7 @@ fn describe(
         hyper.weight_decay,
         hyper.grad_clip
     ))?;
-    reporter.note(&format!("device: {device}, fp32"))
+    reporter.note(&format!("device: {device}"))
 }
 
 fn describe_layer(table: &ParamTable, param: Param) -> String {

@@ -10,7 +10,7 @@ use std::fs;
 
 /// What `bandtrain train` says of these words; `None` when they only asked for help.
 fn verdict(words: &[String]) -> Option<String> {
-    let fixed = ["bandtrain", "train", "--backend=wgpu", "--precision=tf32"].map(String::from);
+    let fixed = ["bandtrain", "train", "--backend=cuda", "--precision=tf32"].map(String::from);
     let error = cli::run(fixed.iter().chain(words).map(OsString::from)).err()?;
     assert_eq!(error.exit_code(), 2, "{words:?}: {error}");
     Some(error.to_string())
@@ -18,7 +18,7 @@ fn verdict(words: &[String]) -> Option<String> {
 
 /// Whether the words got past the parser, to the device.
 fn accepted(words: &[String]) -> bool {
-    verdict(words).is_some_and(|sentence| sentence.contains("has no wgpu backend"))
+    verdict(words).is_some_and(|sentence| sentence.contains("has no cuda backend"))
 }
 
 const OPTIONS: &str = "preset = \"toy\"\nsteps = 3\nbatch-size = 2\nlearning-rate = 0.003\nschedule = \"wsd\"\nbeta1 = 0.9\n\
