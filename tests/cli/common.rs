@@ -37,8 +37,8 @@ impl Place {
         let place = Self::new();
         place.save_model("tiny.bin", TINY, Meta::default());
         let text: Vec<u16> = "One day a cat sat on a mat and saw a rat. ".bytes().map(u16::from).collect();
-        place.write("train.bin", &token_file(&text.repeat(40)));
-        place.write("val.bin", &token_file(&text.repeat(5)));
+        place.write("train.bin", token_file(&text.repeat(40)));
+        place.write("val.bin", token_file(&text.repeat(5)));
         place
     }
 
