@@ -3,9 +3,11 @@
 use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, Role, Write};
 use crate::band::Band;
 use crate::config::GptConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::memory::MemoryEstimate;
 use crate::model::{Activations, Model};
 use crate::optim::{Optimizer, Recipe};
+use crate::output;
 use crate::shapes::Span;
 use crate::weights::Weights;
 use rand::{RngExt, SeedableRng};
@@ -140,7 +142,7 @@ impl<B: Backend> Layer<B> {
 /// that both see the same state of the machine. `progress` is told the share done.
 ///
 /// # Errors
-/// Sizes that are no band; the device fails.
+/// Sizes that are no band or that the device's memory cannot hold; the device fails.
 pub fn kernels<B: Backend>(
     backend: &mut B,
     channels: usize,
@@ -150,6 +152,7 @@ pub fn kernels<B: Backend>(
     mut progress: impl FnMut(f64),
 ) -> Result<Vec<KernelTime>> {
     let (n, w) = (channels, 4 * channels);
+    check_kernels(backend, rows, n, w, 1 + bandwidths.len())?;
     let mut dense = Layer::new(backend, rows, n, w, n * w)?;
     let mut banded = Vec::new();
     for &bandwidth in bandwidths {
@@ -187,11 +190,30 @@ pub fn kernels<B: Backend>(
     Ok(times)
 }
 
+/// Refuses layers of M rows, N narrow and W wide elements that the device's free memory cannot hold.
+fn check_kernels<B: Backend>(backend: &B, rows: usize, n: usize, w: usize, layers: usize) -> Result<()> {
+    // In f64, which no size on a command line overflows. The host keeps a copy of a buffer while it is filled.
+    let elements = |narrow: f64, wide: f64| 2.0 * narrow * wide + rows as f64 * (2.0 * narrow + 4.0 * wide);
+    let needed = 4.0 * layers as f64 * elements(n as f64, w as f64);
+    match backend.free_bytes() {
+        Some(free) if needed > free as f64 => Err(Error::Device(format!(
+            "timing {rows} rows of {n} channels takes {} of memory, but {} are free on {}; choose a smaller \
+             --rows or --channels",
+            // A size beyond 64 bits is shown as the largest.
+            output::bytes(needed as usize),
+            output::bytes(free),
+            backend.description()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Times whole training steps of `config` on random tokens.
 ///
 /// # Errors
 /// The device has not enough memory or fails.
 pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repeats: usize) -> Result<StepTime> {
+    MemoryEstimate::check(&backend, config, b, t)?;
     let mut model = Model::new(backend, &Weights::init(config, 1)?)?;
     let mut acts = Activations::new(&mut model, b, t, true)?;
     let mut optimizer = Optimizer::new(&mut model)?;

@@ -2,7 +2,8 @@
 
 use crate::backend::{Backend, HeadDims, Role, SequenceDims};
 use crate::config::GptConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::output;
 use crate::shapes::{Act, Param, ParamTable};
 
 /// One line of the estimate.
@@ -67,6 +68,29 @@ impl MemoryEstimate {
     /// Bytes of everything.
     pub fn total(&self) -> usize {
         self.parameters.iter().chain(&self.activations).map(|row| row.bytes).sum()
+    }
+
+    /// Refuses a training that the device's free memory cannot hold, before anything is allocated.
+    ///
+    /// # Errors
+    /// [`Error::Device`] saying how much is needed, how much is free, and the largest B that fits; sizes that do not fit
+    /// each other.
+    pub fn check<B: Backend>(backend: &B, config: &GptConfig, batch: usize, tokens: usize) -> Result<()> {
+        let Some(free) = backend.free_bytes() else { return Ok(()) };
+        let needed = Self::new(backend, config, batch, tokens)?.total();
+        if needed <= free {
+            return Ok(());
+        }
+        let advice = match Self::largest_batch(backend, config, tokens, free)? {
+            0 => format!("not even one sequence of {tokens} tokens fits, choose a smaller -t or a smaller model"),
+            largest => format!("choose -b {largest} or less"),
+        };
+        Err(Error::Device(format!(
+            "training in batches of {batch} x {tokens} tokens takes {} of memory, but {} are free on {}; {advice}",
+            output::bytes(needed),
+            output::bytes(free),
+            backend.description()
+        )))
     }
 
     /// The largest B whose training fits into `budget` bytes; 0 when none does.

@@ -1,7 +1,8 @@
 //! A model's weights in host memory: what checkpoints read and write and what backends upload.
 
 use crate::config::GptConfig;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::output;
 use crate::shapes::{Param, ParamTable};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
@@ -23,10 +24,15 @@ impl Weights {
     /// All weights zero.
     ///
     /// # Errors
-    /// Sizes that do not fit each other.
+    /// Sizes that do not fit each other; [`Error::Device`] when the host has not enough memory.
     pub fn zeros(config: &GptConfig) -> Result<Self> {
         let table = ParamTable::new(config)?;
-        let values = vec![0.0; table.len()];
+        let mut values = Vec::new();
+        values.try_reserve_exact(table.len()).map_err(|_| {
+            let needed = output::bytes(table.len() * size_of::<f32>());
+            Error::Device(format!("out of memory: the model's weights take {needed}; choose a smaller model"))
+        })?;
+        values.resize(table.len(), 0.0);
         Ok(Self { config: *config, table, values })
     }
 

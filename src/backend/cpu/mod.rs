@@ -43,7 +43,9 @@ impl Device for Cpu {
     fn free_bytes(&self) -> Option<usize> {
         let mut system = sysinfo::System::new().ok()?;
         system.refresh_memory();
-        usize::try_from(system.available_memory()).ok()
+        // A container may use less than its machine has.
+        let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.total_memory.saturating_sub(limits.rss));
+        usize::try_from(system.available_memory().min(limit)).ok()
     }
 
     fn element_bytes(&self, _role: Role) -> usize {
