@@ -94,6 +94,9 @@ fn io_hint(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space or choose another disk",
         io::ErrorKind::ReadOnlyFilesystem => "; choose a place that can be written",
         io::ErrorKind::IsADirectory => "; name a file, not a folder",
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => {
+            "; choose a path that leads through folders only"
+        }
         _ => "",
     }
 }

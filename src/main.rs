@@ -1,5 +1,6 @@
 //! The command line program: parse, run, print the error, exit with its code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -7,7 +8,9 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             if !matches!(error, bandtrain::Error::StdoutClosed) {
-                eprintln!("bandtrain: {error}");
+                // Always a single line, whatever a file is called; and nobody is left to tell when stderr is closed.
+                let sentence = error.to_string().replace(char::is_control, "?");
+                let _ = writeln!(std::io::stderr(), "bandtrain: {sentence}");
             }
             ExitCode::from(error.exit_code())
         }
