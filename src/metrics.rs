@@ -1,7 +1,7 @@
 //! What a training reports while it runs: a live line or plain lines, a JSON-lines file, and the experiment's log.
 
 use crate::error::{Error, Result};
-use crate::output::grouped;
+use crate::output::{grouped, loss};
 use crate::say;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -93,18 +93,19 @@ impl Reporter {
             file.line(&json(record)?)?;
         }
         if let Some(file) = &mut self.log {
-            file.line(&format!("s:{step} trl:{train_loss:.6}"))?;
+            file.line(&format!("s:{step} trl:{}", loss(*train_loss)))?;
         }
         let rate = grouped(*tok_per_s as usize);
         if let Some(bar) = &self.bar {
             bar.set_position(*step);
-            bar.set_message(format!("loss {train_loss:.6}  norm {grad_norm:.3}  lr {lr:.2e}  {rate} tok/s"));
+            bar.set_message(format!("loss {}  norm {grad_norm:.3}  lr {lr:.2e}  {rate} tok/s", loss(*train_loss)));
         } else if !self.quiet {
             let eta = Duration::from_secs_f64((step_ms / 1e3 * (self.steps - step) as f64).clamp(0.0, 1e9));
             say!(
-                "step {step:>width$}/{} | train loss {train_loss:.6} | norm {grad_norm:.4} | lr {lr:.3e} | \
+                "step {step:>width$}/{} | train loss {} | norm {grad_norm:.4} | lr {lr:.3e} | \
                  {step_ms:.0} ms | {rate} tok/s | ETA {}",
                 self.steps,
+                loss(*train_loss),
                 indicatif::FormattedDuration(Duration::from_secs(eta.as_secs())),
                 width = self.steps.to_string().len(),
             )?;
@@ -122,9 +123,9 @@ impl Reporter {
             file.line(&json(record)?)?;
         }
         if let Some(file) = &mut self.log {
-            file.line(&format!("s:{step} tel:{val_loss:.6}"))?;
+            file.line(&format!("s:{step} tel:{}", loss(*val_loss)))?;
         }
-        self.note(&format!("step {step}/{} | validation loss {val_loss:.6}", self.steps))
+        self.note(&format!("step {step}/{} | validation loss {}", self.steps, loss(*val_loss)))
     }
 
     /// A line for the user, above the live line.

@@ -35,6 +35,12 @@ pub fn grouped(count: usize) -> String {
     text
 }
 
+/// A loss with six decimals, or more where that is fewer than six significant digits.
+pub fn loss(value: f32) -> String {
+    let zeros = if value == 0.0 { 0.0 } else { -value.abs().log10().floor() - 1.0 };
+    format!("{value:.*}", 6 + zeros.clamp(0.0, 12.0) as usize)
+}
+
 /// Bytes in the unit that suits them.
 pub fn bytes(count: usize) -> String {
     let mut value = count as f64;
@@ -50,6 +56,13 @@ pub fn bytes(count: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn small_losses_keep_their_digits() {
+        assert_eq!([5.5, 0.25, 0.1, 0.0].map(loss), ["5.500000", "0.250000", "0.100000", "0.000000"]);
+        assert_eq!([0.012345678, 0.000123456].map(loss), ["0.0123457", "0.000123456"]);
+        assert_eq!(loss(f32::NAN), "NaN");
+    }
 
     #[test]
     fn numbers_are_readable() {

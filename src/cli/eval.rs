@@ -7,10 +7,11 @@ use crate::checkpoint;
 use crate::data::{Loader, Shuffle};
 use crate::error::{Error, Result};
 use crate::model::{Activations, Model};
-use crate::output::grouped;
+use crate::output::{self, grouped};
 use crate::say;
 use crate::train::mean_loss;
 use crate::weights::Weights;
+use clap::builder::NonEmptyStringValueParser;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
 
@@ -22,7 +23,7 @@ pub struct EvalArgs {
     #[arg(long, short = 'e', value_name = "FILE")]
     init: PathBuf,
     /// Token files (path or glob)
-    #[arg(long, short = 'j', value_name = "FILES")]
+    #[arg(long, short = 'j', value_parser = NonEmptyStringValueParser::new(), value_name = "FILES")]
     val_data: String,
     /// Most batches, 0 is all
     #[arg(long, short = 'm', default_value = "0", value_parser = parse::count, value_name = "N", allow_negative_numbers = true)]
@@ -96,6 +97,7 @@ impl Task for Eval {
                 serde_json::json!({ "loss": loss, "perplexity": perplexity, "tokens": tokens, "batches": batches });
             return say!("{json}");
         }
-        say!("loss {loss:.6}, perplexity {perplexity:.4}, over {} tokens ({batches} batches)", grouped(tokens))
+        let digits = output::loss(loss);
+        say!("loss {digits}, perplexity {perplexity:.4}, over {} tokens ({batches} batches)", grouped(tokens))
     }
 }
