@@ -122,7 +122,7 @@ impl<B: Backend> Generator<B> {
     /// false. Texts longer than the model's context forget their older half.
     ///
     /// # Errors
-    /// An empty prompt; the device failed; whatever `emit` returns.
+    /// An empty prompt; a model whose logits are not finite; the device failed; whatever `emit` returns.
     pub fn generate(
         &mut self,
         model: &mut Model<B>,
@@ -140,6 +140,11 @@ impl<B: Backend> Generator<B> {
         for index in 0..count {
             let vocab = model.config().vocab_size;
             let logits = model.backend().download(&self.logits, Span { offset: 0, len: vocab })?;
+            if !logits.iter().all(|logit| logit.is_finite()) {
+                return Err(Error::usage(
+                    "the model's logits are not finite: it has diverged; use an earlier checkpoint",
+                ));
+            }
             let token = sampler.draw(&logits);
             self.context.push(u32::from(token));
             if !emit(token)? || index + 1 == count {

@@ -233,7 +233,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
 /// The mean loss over the first `batches` batches of `data`. `progress` is told the batches done and may stop the work.
 ///
 /// # Errors
-/// Data or device fail; whatever `progress` returns.
+/// A model whose loss is not finite; data or device fail; whatever `progress` returns.
 pub fn mean_loss<B: Backend>(
     model: &mut Model<B>,
     acts: &mut Activations<B>,
@@ -252,5 +252,11 @@ pub fn mean_loss<B: Backend>(
         model.evaluate(acts, &mut total, 1.0 / (rows * batches) as f32, write)?;
         progress(batch + 1)?;
     }
-    Ok(model.backend().download(&total, Span { offset: 0, len: 1 })?[0])
+    let loss = model.backend().download(&total, Span { offset: 0, len: 1 })?[0];
+    match loss.is_finite() {
+        true => Ok(loss),
+        false => {
+            Err(Error::usage(format!("the model's loss is {loss}: it has diverged; go back to an earlier checkpoint")))
+        }
+    }
 }

@@ -67,11 +67,13 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         Sampling { temperature: args.temperature as f32, top_k: args.top_k, top_p: args.top_p as f32, seed: args.seed }
             .checked()?;
     let checkpoint = checkpoint::load(&args.init)?;
-    let tokenizer = match &checkpoint.meta.tokenizer {
-        Some(name) => Tokenizer::from_name(name)?,
-        None => Tokenizer::for_vocab_size(checkpoint.weights.config().vocab_size)
-            .map_err(|error| Error::file(&args.init, error.to_string()))?,
-    };
+    let vocab = checkpoint.weights.config().vocab_size;
+    let tokenizer = Tokenizer::for_vocab_size(vocab).map_err(|error| Error::file(&args.init, error.to_string()))?;
+    if let Some(name) = checkpoint.meta.tokenizer.filter(|name| name != tokenizer.name()) {
+        let what =
+            format!("names the tokenizer {name}, but has {} tokens like {}; it is damaged", vocab, tokenizer.name());
+        return Err(Error::file(&args.init, what));
+    }
     let mut prompt = vec![tokenizer.end_of_text()];
     prompt.extend(tokenizer.encode(args.prompt.as_deref().unwrap_or("")));
     with_backend(args.device, Generate { weights: checkpoint.weights, tokenizer, prompt, sampling, args })
