@@ -14,7 +14,7 @@ mod tokenize;
 mod train;
 
 use crate::error::{Error, Result};
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::ffi::OsString;
 
@@ -81,6 +81,11 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
 
 /// One sentence of clap's page on a mistake: what is wrong, the nearest right thing, and where help is.
 fn sentence(error: &clap::Error) -> String {
+    if let (ErrorKind::ArgumentConflict, Some(ContextValue::String(word))) =
+        (error.kind(), error.get(ContextKind::InvalidSubcommand))
+    {
+        return stray(word);
+    }
     let page = error.render().to_string();
     let paragraphs = page.split("\n\n").map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "));
     let mut parts: Vec<String> = paragraphs
@@ -89,6 +94,16 @@ fn sentence(error: &clap::Error) -> String {
         .collect();
     parts.push("--help lists what there is".to_string());
     parts.join("; ")
+}
+
+/// The sentence for a word that stands behind training's options.
+fn stray(word: &str) -> String {
+    match Cli::command().find_subcommand(word) {
+        Some(_) => format!("the command {word} must come before its options: bandtrain {word} ..."),
+        None => format!(
+            "'{word}' belongs to no option; put globs in quotes, as in -i 'data/*.bin', and --help lists what there is"
+        ),
+    }
 }
 
 #[cfg(test)]

@@ -44,6 +44,15 @@ pub fn seed(text: &str) -> Result<u64, String> {
     text.parse::<u32>().map(u64::from).map_err(|_| format!("it must be a whole number from 0 to {}", u32::MAX))
 }
 
+/// A switch as the experiment writes it.
+pub fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "1" | "true" => Ok(true),
+        "0" | "false" => Ok(false),
+        _ => Err("it must be 1 (on) or 0 (off)".to_string()),
+    }
+}
+
 /// A bandwidth: 0 is dense.
 pub fn bandwidth(text: &str) -> Result<usize, String> {
     count(text).map_err(|problem| format!("a bandwidth counts connections: {problem} (0 is dense)"))

@@ -6,19 +6,24 @@
 use super::device::{BackendName, DeviceArgs, Precision, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
+use crate::atomic::AtomicFile;
 use crate::backend::Backend;
 use crate::checkpoint::{self, Format};
-use crate::config::{GptConfig, Preset, preset};
-use crate::data::{Loader, Shuffle, Tokenizer, toy};
+use crate::config::{BYTES_VOCAB, GptConfig, Preset, preset};
+use crate::data::{Loader, Shuffle, Tokenizer, matching_files, same_file, toy};
 use crate::error::{Error, Result};
+use crate::memory::MemoryEstimate;
 use crate::metrics::Reporter;
 use crate::model::Model;
 use crate::optim::{Hyperparameters, Recipe, Schedule};
-use crate::output::grouped;
+use crate::output::{grouped, loss};
 use crate::shapes::{Param, ParamTable};
 use crate::train::{TrainPlan, Trainer};
 use crate::weights::Weights;
+use clap::builder::NonEmptyStringValueParser;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -62,18 +67,20 @@ pub struct TrainOptions {
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     fc2_bandwidth: Option<usize>,
-    /// 1: FC1 and FC2 dense, whatever else says
-    #[arg(long, short = 'd', value_parser = ["0", "1"], value_name = "0|1", help_heading = "Model", num_args = 0..=1,
+    /// 1: FC1 and FC2 dense, whatever the bandwidths
+    #[arg(long, short = 'd', value_parser = parse::switch, value_name = "0|1", help_heading = "Model", num_args = 0..=1,
           default_missing_value = "1")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    dense: Option<String>,
+    dense: Option<bool>,
 
     /// Training token files (path or glob)
-    #[arg(long, short = 'i', value_name = "FILES", help_heading = "Data")]
+    #[arg(long, short = 'i', value_parser = NonEmptyStringValueParser::new(), value_name = "FILES",
+          help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     train_data: Option<String>,
     /// Validation token files (path or glob)
-    #[arg(long, short = 'j', value_name = "FILES", help_heading = "Data")]
+    #[arg(long, short = 'j', value_parser = NonEmptyStringValueParser::new(), value_name = "FILES",
+          help_heading = "Data")]
     #[serde(skip_serializing_if = "Option::is_none")]
     val_data: Option<String>,
     /// Order of batches: llmc (shuffled as llm.c does) or none (as they lie) [default: llmc]
@@ -211,9 +218,16 @@ impl TrainOptions {
         if self.init.is_none() && self.preset.is_none() {
             fill!(self, others: init preset);
         }
-        fill!(self, others: fc1_bandwidth fc2_bandwidth dense train_data val_data shuffle steps batch_size seq_len
-            grad_accum learning_rate schedule warmup recipe beta1 beta2 weight_decay grad_clip seed val_every val_batches
-            sample_every sample_tokens log metrics checkpoint checkpoint_every backend precision);
+        // So does a recipe the other's settings, and a bandwidth asked for here the other's wish for a dense model.
+        if self.recipe.is_none() {
+            fill!(self, others: recipe beta1 beta2 weight_decay grad_clip);
+        }
+        if self.fc1_bandwidth.is_none() && self.fc2_bandwidth.is_none() {
+            fill!(self, others: dense);
+        }
+        fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
+            learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log metrics checkpoint
+            checkpoint_every backend precision);
         self.quiet |= others.quiet;
         self
     }
@@ -221,7 +235,7 @@ impl TrainOptions {
     /// Adds the options of the file named by `--config`.
     fn with_file(self) -> Result<TrainOptions> {
         let Some(path) = self.config.clone() else { return Ok(self) };
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let text = read_text(&path)?;
         let file: TrainOptions = toml::from_str(&text).map_err(|error| {
             let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             Error::file(
@@ -246,6 +260,21 @@ impl TrainOptions {
     }
 }
 
+/// The text of a file of options.
+fn read_text(path: &Path) -> Result<String> {
+    const MOST_BYTES: u64 = 1 << 20;
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return Err(Error::file(path, "is larger than any file of options; name a TOML file"));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        Error::file(path, format!("is not UTF-8 text (byte {at}); name a TOML file"))
+    })
+}
+
 /// A checked training: every option has its value.
 struct TrainConfig {
     options: TrainOptions,
@@ -263,12 +292,20 @@ struct TrainConfig {
 /// # Errors
 /// Options, files or sizes that do not fit; what the training meets.
 pub fn run(options: TrainOptions) -> Result<()> {
-    let config = resolve(options.with_file()?)?;
+    let options = options.with_file()?;
     let device = DeviceArgs {
-        backend: config.options.backend.unwrap_or(BackendName::Auto),
-        precision: config.options.precision.unwrap_or(Precision::Auto),
+        backend: options.backend.unwrap_or(BackendName::Auto),
+        precision: options.precision.unwrap_or(Precision::Auto),
     };
-    with_backend(device, config)
+    with_backend(device, options)
+}
+
+impl Task for TrainOptions {
+    type Output = ();
+
+    fn run<B: Backend>(self, backend: B) -> Result<()> {
+        resolve(self, &backend)?.train(backend)
+    }
 }
 
 /// Where the training data comes from.
@@ -277,8 +314,8 @@ enum Source {
     Toy,
 }
 
-/// Fills in what the options leave open and opens everything they name.
-fn resolve(mut options: TrainOptions) -> Result<TrainConfig> {
+/// Fills in what the options leave open, opens everything they name, and makes sure that everything can be written.
+fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainConfig> {
     let source = match &options.train_data {
         Some(files) => Source::Files(files.clone()),
         None if Path::new(DEFAULT_TRAIN_DATA).exists() => {
@@ -288,11 +325,10 @@ fn resolve(mut options: TrainOptions) -> Result<TrainConfig> {
         None => Source::Toy,
     };
     let mut notes = Vec::new();
-    let (name, defaults, weights) = model(&mut options, &source, &mut notes)?;
-    let config = *weights.config();
+    let start = start(&mut options, &source)?;
+    let (config, name) = (start.config, start.name.clone());
     let seed = *options.seed.get_or_insert(42);
-    let plan = plan(&mut options, &defaults, &config, &name)?;
-    check_writable(&plan.checkpoint)?;
+    let plan = plan(&mut options, &start.defaults, &config, &name)?;
     let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
     let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
     let (batch, tokens, vocab) = (plan.batch_size, plan.seq_len, config.vocab_size);
@@ -326,45 +362,67 @@ fn resolve(mut options: TrainOptions) -> Result<TrainConfig> {
     if val.is_none() && plan.val_every > 0 {
         notes.push("no validation: name validation data with -j".to_string());
     }
+    MemoryEstimate::check(backend, &config, plan.batch_size, plan.seq_len)?;
+    let weights = start.weights(seed, &mut notes)?;
+    check_outputs(&options, &plan.checkpoint)?;
+    check_writable(&plan.checkpoint)?;
     Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes })
 }
 
-/// The initial weights, banded as asked, with the model's name and the preset whose defaults apply.
-fn model(options: &mut TrainOptions, source: &Source, notes: &mut Vec<String>) -> Result<(String, Preset, Weights)> {
-    let seed = options.seed.unwrap_or(42);
-    let dense = options.dense.as_deref() == Some("1");
-    let asked = |bandwidth: Option<usize>, own: usize| if dense { 0 } else { bandwidth.unwrap_or(own) };
-    if let Some(path) = options.init.clone() {
-        let weights = checkpoint::load(&path)?.weights;
-        let own = *weights.config();
-        let (fc1, fc2) =
-            (asked(options.fc1_bandwidth, own.fc1_bandwidth), asked(options.fc2_bandwidth, own.fc2_bandwidth));
-        options.fc1_bandwidth = Some(fc1);
-        options.fc2_bandwidth = Some(fc2);
-        let name = path.file_stem().map_or("model".to_string(), |stem| stem.to_string_lossy().into_owned());
-        let defaults = preset(if own.vocab_size == crate::config::BYTES_VOCAB { "toy" } else { "tinystories-51m" })?;
-        if (fc1, fc2) == (own.fc1_bandwidth, own.fc2_bandwidth) {
-            return Ok((name, defaults, weights));
+/// What a training starts from: the model's name and sizes, the preset whose defaults apply, and the weights if they come
+/// from a file.
+struct Start {
+    name: String,
+    defaults: Preset,
+    config: GptConfig,
+    loaded: Option<Weights>,
+}
+
+impl Start {
+    /// The initial weights, banded as asked.
+    fn weights(self, seed: u64, notes: &mut Vec<String>) -> Result<Weights> {
+        let Some(weights) = self.loaded else { return Weights::init(&self.config, seed) };
+        if *weights.config() == self.config {
+            return Ok(weights);
         }
+        let (fc1, fc2) = (self.config.fc1_bandwidth, self.config.fc2_bandwidth);
         let (weights, cut) = weights.rebanded(fc1, fc2)?;
         for (layer, bandwidth, cut) in [("FC1", fc1, cut[0]), ("FC2", fc2, cut[1])] {
             if bandwidth > 0 {
                 notes.push(format!("banding {layer} cut {:.2} % of its weights' squared norm", 100.0 * cut));
             }
         }
-        return Ok((name, defaults, weights));
+        Ok(weights)
     }
-    let fallback = || if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" }.to_string();
-    let name = options.preset.get_or_insert_with(fallback).clone();
-    let defaults = preset(&name)?;
+}
+
+/// Finds the model that the options name, and its bandwidths.
+fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
+    let (name, defaults, model, loaded) = match &options.init {
+        Some(path) => {
+            let weights = checkpoint::load(path)?.weights;
+            let model = *weights.config();
+            let name = path.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned());
+            let like = if model.vocab_size == BYTES_VOCAB { "toy" } else { "tinystories-51m" };
+            (name, preset(like)?, model, Some(weights))
+        }
+        None => {
+            let fallback = if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" };
+            let name = options.preset.get_or_insert_with(|| fallback.to_string()).clone();
+            let defaults = preset(&name)?;
+            (name, defaults, defaults.model, None)
+        }
+    };
+    let dense = options.dense == Some(true);
+    let asked = |bandwidth: Option<usize>, own: usize| if dense { 0 } else { bandwidth.unwrap_or(own) };
     let config = GptConfig {
-        fc1_bandwidth: asked(options.fc1_bandwidth, defaults.model.fc1_bandwidth),
-        fc2_bandwidth: asked(options.fc2_bandwidth, defaults.model.fc2_bandwidth),
-        ..defaults.model
+        fc1_bandwidth: asked(options.fc1_bandwidth, model.fc1_bandwidth),
+        fc2_bandwidth: asked(options.fc2_bandwidth, model.fc2_bandwidth),
+        ..model
     };
     options.fc1_bandwidth = Some(config.fc1_bandwidth);
     options.fc2_bandwidth = Some(config.fc2_bandwidth);
-    Ok((name, defaults, Weights::init(&config, seed)?))
+    Ok(Start { name, defaults, config, loaded })
 }
 
 /// The plan, with every option that it takes filled in.
@@ -406,6 +464,38 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
     Ok(plan)
 }
 
+/// Refuses to write over what the training reads, or two things into one file.
+fn check_outputs(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
+    // Its own checkpoint and its own resolved options may go in and out: they are read whole before they are replaced.
+    let resolved = resolved_path(checkpoint);
+    let mut inputs: Vec<(PathBuf, Option<&Path>)> = Vec::new();
+    inputs.extend(options.init.iter().map(|init| (init.clone(), Some(checkpoint))));
+    inputs.extend(options.config.iter().map(|config| (config.clone(), Some(resolved.as_path()))));
+    for data in [&options.train_data, &options.val_data].into_iter().flatten() {
+        inputs.extend(matching_files(data)?.into_iter().map(|file| (file, None)));
+    }
+    let named = [options.log.as_deref(), options.metrics.as_deref(), Some(checkpoint), Some(&resolved)];
+    let outputs: Vec<&Path> = named.into_iter().flatten().collect();
+    for (index, &output) in outputs.iter().enumerate() {
+        let overwritten = |(input, successor): &(PathBuf, _)| *successor != Some(output) && same_file(input, output);
+        if inputs.iter().any(overwritten) {
+            return Err(Error::file(
+                output,
+                "is an input of the training and would be overwritten; name another output",
+            ));
+        }
+        if outputs[..index].iter().any(|other| same_file(other, output)) {
+            return Err(Error::file(output, "would be written twice; name different files for -c, -o and --metrics"));
+        }
+    }
+    Ok(())
+}
+
+/// Where the resolved options of a training go.
+fn resolved_path(checkpoint: &Path) -> PathBuf {
+    checkpoint.with_extension("toml")
+}
+
 /// Finds out before hours of training whether a checkpoint can be written at its end.
 fn check_writable(checkpoint: &Path) -> Result<()> {
     let folder = match checkpoint.parent() {
@@ -419,10 +509,8 @@ fn check_writable(checkpoint: &Path) -> Result<()> {
     tempfile::tempfile_in(folder).map(|_| ()).map_err(Error::io("write to", folder))
 }
 
-impl Task for TrainConfig {
-    type Output = ();
-
-    fn run<B: Backend>(mut self, backend: B) -> Result<()> {
+impl TrainConfig {
+    fn train<B: Backend>(mut self, backend: B) -> Result<()> {
         let plan = &self.plan;
         let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
         let mut reporter = Reporter::new(plan.steps, self.options.quiet, metrics, log)?;
@@ -438,7 +526,7 @@ impl Task for TrainConfig {
         let mut trainer = Trainer::new(plan, &mut model, self.tokenizer, &mut reporter)?;
         let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
         if let Some((first, last)) = summary.val_loss {
-            reporter.note(&format!("done: validation loss {first:.6} -> {last:.6}"))?;
+            reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
         }
         reporter.note(&format!("try: bandtrain generate -e {} -n 100", plan.checkpoint.display()))
     }
@@ -490,12 +578,14 @@ fn describe_layer(table: &ParamTable, param: Param) -> String {
 
 /// Writes the options, all of them filled in, as a file that `--config` takes.
 fn write_resolved(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
-    let path = checkpoint.with_extension("toml");
+    let path = resolved_path(checkpoint);
     let text = toml::to_string(options)
         .map_err(|error| Error::Internal(format!("the options cannot be written as TOML: {error}")))?;
     let version = env!("CARGO_PKG_VERSION");
     let text = format!("# What bandtrain {version} ran; 'bandtrain --config FILE' runs it again.\n{text}");
-    std::fs::write(&path, text).map_err(Error::io("write", &path))
+    let mut file = AtomicFile::create(&path)?;
+    file.append(text.as_bytes())?;
+    file.seal()?.publish()
 }
 
 /// A flag that Ctrl-C and SIGTERM raise; a second one stops at once.

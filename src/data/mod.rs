@@ -9,5 +9,6 @@ pub mod toy;
 
 pub use loader::{Loader, Position, Shuffle};
 pub use paths::text_files;
+pub(crate) use paths::{matching_files, same_file};
 pub use shard::{TokenFile, TokenWriter};
 pub use tokenizer::{StreamDecoder, Tokenizer};

@@ -4,7 +4,7 @@
 //! outputs depend on neither the number of threads nor the size of a block, and memory stays small.
 
 use crate::atomic::SealedFile;
-use crate::data::paths::has_extension;
+use crate::data::paths::{has_extension, same_file};
 use crate::data::shard::TokenWriter;
 use crate::data::tokenizer::{END_OF_TEXT, Tokenizer, is_incomplete, last_cut};
 use crate::error::{Error, Result};
@@ -130,10 +130,6 @@ fn check_options(options: &TokenizeOptions) -> Result<()> {
         Some(output) => Err(Error::file(output, "is an input and would be overwritten; name another output")),
         None => Ok(()),
     }
-}
-
-fn same_file(one: &Path, other: &Path) -> bool {
-    one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }
 
 /// A stretch of a document that can be encoded by itself.
