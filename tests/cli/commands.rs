@@ -1,0 +1,181 @@
+//! The commands beside training.
+
+use crate::common::{Place, TINY, losses};
+use bandtrain::checkpoint::{Meta, load};
+use bandtrain::config::GptConfig;
+use bandtrain::data::{TokenFile, Tokenizer};
+use bandtrain::shapes::Param;
+use bandtrain::weights::Weights;
+use serde_json::Value;
+
+/// The one JSON object that a command prints.
+fn json(place: &Place, line: &str) -> Value {
+    serde_json::from_str(&place.ok(line)).unwrap()
+}
+
+#[test]
+fn every_help_shows_an_example() {
+    let place = Place::new();
+    let commands = ["", "train", "generate", "eval", "init", "tokenize", "data", "convert", "bench", "band", "info"];
+    for command in commands {
+        for flag in ["--help", "-h"] {
+            let help = place.ok(&format!("{command} {flag}"));
+            assert!(help.contains("Example") && help.contains("Usage: bandtrain"), "{command}:\n{help}");
+        }
+    }
+    assert!(place.ok("--version").starts_with("bandtrain "));
+}
+
+#[test]
+fn generation_repeats_itself_for_a_seed() {
+    let place = Place::with_model_and_data();
+    let text = |options: &str| place.ok(&format!("generate -e tiny.bin -n 30 {options}"));
+    assert_eq!(text("--seed 1"), text("--seed 1"));
+    assert_ne!(text("--seed 1"), text("--seed 2"));
+    // The likeliest token needs no chance.
+    assert_eq!(text("--temperature 0 --seed 1"), text("--temperature 0 --seed 2"));
+    assert_eq!(text("--temperature 0"), text("--top-k 1"));
+    assert_eq!(text("--temperature 0"), text("--top-p 0.0001"));
+}
+
+#[test]
+fn generation_honours_prompt_samples_and_length() {
+    let place = Place::with_model_and_data();
+    let stdout = place.ok("generate -e tiny.bin -n 5 --samples 3 --prompt Once");
+    assert!(stdout.contains("--- sample 1\nOnce") && stdout.contains("--- sample 3\nOnce"), "{stdout}");
+    let stdout = place.ok("generate -e tiny.bin -n 5 --samples 3 --prompt Once --json");
+    let objects: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (index, object) in objects.iter().enumerate() {
+        assert_eq!(object["sample"], index);
+        assert!(object["tokens"].as_u64().unwrap() <= 5 && object["text"].as_str().unwrap().starts_with("Once"));
+    }
+    assert!(objects.len() == 3 && objects[0]["text"] != objects[1]["text"], "{stdout}");
+    // Longer than the model's context of 16, and nothing at all.
+    assert!(json(&place, "generate -e tiny.bin -n 50 --json --temperature 0")["tokens"].as_u64().unwrap() > 16);
+    for prompt in ["", " ", "é€😀", "two\nlines", "<|endoftext|>", "a sentence ".repeat(500).as_str()] {
+        let stdout = place.succeed(place.command("generate -e tiny.bin -n 2 --prompt").arg(prompt));
+        assert!(stdout.starts_with(prompt), "{prompt}");
+    }
+}
+
+#[test]
+fn eval_measures_what_training_validated() {
+    let place = Place::with_model_and_data();
+    let sizes = "-j val.bin -b 2 -t 8 -m 3";
+    place.ok(&format!("-e tiny.bin -i train.bin {sizes} -n 4 -v 2 -s 0 -w 28 -c m.safetensors --metrics m.jsonl"));
+    let val_losses = losses(&place.path("m.jsonl"), "val_loss");
+    let eval = |model: &str| json(&place, &format!("eval -e {model} {sizes} --json"));
+    let last = eval("m.safetensors");
+    assert_eq!(last["loss"].as_f64().unwrap() as f32, val_losses[2]);
+    assert_eq!((last["batches"].as_u64(), last["tokens"].as_u64()), (Some(3), Some(48)));
+    // Without -m all batches there are, and the loss of fresh weights is that of a guess.
+    let all = json(&place, "eval -e tiny.bin -j val.bin -b 2 --json");
+    assert_eq!(all["batches"], 6);
+    assert!((all["loss"].as_f64().unwrap() - 257f64.ln()).abs() < 0.2, "{all}");
+    let line = place.ok("eval -e tiny.bin -j val.bin -b 2");
+    assert!(line.starts_with("loss 5.") && line.contains("perplexity ") && line.ends_with("(6 batches)\n"), "{line}");
+}
+
+#[test]
+fn init_and_convert_keep_the_weights_through_every_format() {
+    let place = Place::new();
+    place.ok("init --preset toy -w 64 -2 100 --seed 9 --output a.safetensors");
+    for (from, to, format) in [
+        ("a.safetensors", "b.bin", "llmc"),
+        ("b.bin", "c", "hf"),
+        ("c", "d.safetensors", "safetensors"),
+        ("d.safetensors", "e.bin", "llmc"),
+        ("e.bin", "f.bin", "llmc-bf16"),
+        ("f.bin", "g.safetensors", "safetensors"),
+    ] {
+        let stdout = place.ok(&format!("convert --input {from} --output {to} --to {format}"));
+        assert!(stdout.contains(" parameters as "), "{stdout}");
+    }
+    assert!(place.bytes("b.bin") == place.bytes("e.bin"));
+    let weights = |name: &str| load(&place.path(name)).unwrap().weights;
+    let (start, dense, rounded) = (weights("a.safetensors"), weights("d.safetensors"), weights("g.safetensors"));
+    assert_eq!((start.config().fc1_bandwidth, start.config().fc2_bandwidth), (64, 100));
+    assert_eq!((dense.config().fc1_bandwidth, rounded.config().fc2_bandwidth), (0, 0));
+    for (param, layer) in [(Param::Wte, 0), (Param::Qkvw, 3), (Param::Fcw, 0), (Param::Fcprojw, 2), (Param::Lnfw, 0)] {
+        let [start, dense, rounded] = [&start, &dense, &rounded].map(|weights: &Weights| weights.dense(param, layer));
+        assert_eq!(start, dense, "{param:?}");
+        let close = start.iter().zip(&rounded).all(|(exact, rounded)| (exact - rounded).abs() <= exact.abs() / 256.0);
+        assert!(close, "{param:?}");
+    }
+}
+
+#[test]
+fn init_is_where_a_training_starts() {
+    let place = Place::new();
+    place.ok("init --preset toy --seed 3 --output start.safetensors");
+    let first_loss = |model: &str| {
+        place.ok(&format!("{model} -n 1 -b 2 -t 16 -v 0 -s 0 --warmup 1 -c m.safetensors --metrics m.jsonl --seed 3"));
+        losses(&place.path("m.jsonl"), "train_loss")
+    };
+    assert_eq!(first_loss("--preset toy"), first_loss("-e start.safetensors"));
+}
+
+#[test]
+fn text_becomes_tokens() {
+    let place = Place::new();
+    place.write("a.txt", "Hi\n<|endoftext|>\nyou\n");
+    place.write("b.jsonl", "{\"story\": \"all\"}\n");
+    let stdout = place.ok("tokenize --input a.txt b.jsonl --output t.bin --tokenizer bytes");
+    assert!(stdout.contains("t.bin: 11 tokens") && stdout.contains("3 documents"), "{stdout}");
+    let tokens = TokenFile::open(&place.path("t.bin"), Tokenizer::Bytes.vocab_size()).unwrap();
+    assert_eq!(tokens.tokens(), [256, 72, 105, 256, 121, 111, 117, 256, 97, 108, 108]);
+    assert_eq!(place.ok("tokenize --input a.txt --output g.bin --val-output v.bin --val-fraction 0.5 --quiet"), "");
+    assert!(place.path("g.bin").exists() && place.path("v.bin").exists());
+    let stdout = place.ok("data toy --output corpus");
+    assert!(stdout.contains("corpus/toy_train.bin: 396,341 tokens"), "{stdout}");
+    assert_eq!(place.ok("data toy --output corpus --tokenizer gpt2 --quiet"), "");
+}
+
+#[test]
+fn a_band_counts_its_connections() {
+    let place = Place::new();
+    let band = json(&place, "band -w 1024 --json");
+    assert_eq!((band["connections"].as_u64(), band["dense_connections"].as_u64()), (Some(459_136), Some(1_048_576)));
+    assert!(band["packed_elements"].as_u64().unwrap() as f64 <= 1.15 * 459_136.0);
+    let table = place.ok("band -w 1024 --svg band.svg");
+    assert!(table.contains("*       1024        459,136   43.787 %"), "{table}");
+    assert!(place.read("band.svg").starts_with("<svg"));
+    assert!(place.ok("band -w 5000").contains("note: bandwidth 5000 keeps every connection"));
+    assert_eq!(json(&place, "band -w 3 -C 5 --wide 11 --json")["narrow"], 5);
+}
+
+#[test]
+fn info_accounts_for_memory() {
+    let place = Place::new();
+    let info = json(&place, "info --preset toy -b 2 -t 16 -w 64 --json");
+    assert!(
+        info["largest_batch"].as_u64().unwrap() > 2 && info["total_bytes"].as_u64().unwrap() > 4 * 600_000,
+        "{info}"
+    );
+    assert_eq!(info["config"]["fc1_bandwidth"], 64);
+    // An absurd batch is a question like any other.
+    assert!(place.ok("info --preset gpt2-xl -b 2147483648").contains("Memory of training on"));
+}
+
+#[test]
+fn bench_times_kernels_and_steps() {
+    let place = Place::new();
+    let kernels = json(&place, "bench kernels -C 16 --rows 8 -w 8 16 --repeats 1 --json");
+    assert_eq!(kernels["kernels"].as_array().unwrap().len(), 6 * 3);
+    let steps = json(&place, "bench step --preset toy -b 1 -t 4 -w 64 --repeats 1 --json");
+    assert_eq!(steps["steps"][1]["fc1_bandwidth"], 64);
+    assert!(place.ok("bench kernels -C 16 --rows 8 --repeats 1").contains("FC2 weight gradient"));
+    assert!(place.ok("bench step -b 1 -t 4 --repeats 1").contains("banded 256"));
+}
+
+#[test]
+fn models_of_any_shape_are_understood() {
+    let place = Place::with_model_and_data();
+    place.save_model(
+        "odd.safetensors",
+        GptConfig { channels: 10, num_heads: 5, fc1_bandwidth: 7, ..TINY },
+        Meta::default(),
+    );
+    place.ok("-e odd.safetensors -i train.bin -j val.bin -n 2 -b 1 -t 5 -v 1 -m 1 -s 1 -g 3 -c m.bin");
+    place.ok("generate -e m.bin -n 3");
+}

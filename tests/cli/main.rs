@@ -1,0 +1,8 @@
+//! The command line, end to end: the real program in folders of its own.
+
+mod commands;
+mod common;
+mod mistakes;
+mod mistakes_files;
+mod random;
+mod training;

@@ -1,0 +1,183 @@
+//! Mistakes on the command line and in files of options: exit code 2, one sentence, nothing left behind.
+
+use crate::common::{Place, token_file};
+use std::fs::File;
+
+#[test]
+fn unknown_words_get_a_suggestion() {
+    let place = Place::new();
+    place.mistake("--stepz 3", "unexpected argument '--stepz' found; a similar argument exists: '--steps'");
+    place.mistake("genrate", "unrecognized subcommand 'genrate'; a similar subcommand exists: 'generate'");
+    place.mistake("frobnicate", "unrecognized subcommand 'frobnicate'; --help lists what there is");
+    place.mistake("--preset large", "there is no preset 'large'; choose one of toy, tinystories-7m");
+    place.mistake("init --preset large --output m.bin", "there is no preset 'large'");
+    place.mistake("info --preset large", "there is no preset 'large'");
+    place.mistake(
+        "convert --input a --output b --to onnx",
+        "no checkpoint format 'onnx'; choose one of llmc, llmc-bf16",
+    );
+    place.mistake("tokenize --input a --output b --tokenizer words", "possible values: gpt2, bytes");
+    place.mistake("data books --output d", "possible values: tinystories, toy");
+    place.mistake("--shuffle cards", "possible values: llmc, none");
+    place.mistake("--recipe cake", "possible values: stable, experiment");
+    place.mistake("--schedule never", "possible values: constant, cosine, wsd");
+    place.mistake("--backend abacus", "possible values: auto, cuda, wgpu, cpu");
+    place.mistake("--precision fp8", "possible values: auto, fp32");
+    place.mistake("generate", "required arguments were not provided: --init <FILE>");
+    place.mistake("-n 1 -n 2", "'--steps <N>' cannot be used multiple times");
+    place.mistake("-w 9 -1 8", "'--fc1-bandwidth <N>' cannot be used multiple times");
+    place.mistake("--preset toy -e model.bin", "cannot be used with");
+}
+
+#[test]
+fn words_that_a_shell_made_of_a_glob_are_explained() {
+    let place = Place::new();
+    place.mistake("-i data/a.bin data/b.bin", "'data/b.bin' belongs to no option; put globs in quotes");
+    place.mistake("-n 3 eval", "the command eval must come before its options: bandtrain eval");
+}
+
+#[test]
+fn bandwidths_are_whole_numbers() {
+    let place = Place::new();
+    for flag in ["-w ", "-1 ", "-2 ", "--fc1-bandwidth=", "--fc2-bandwidth="] {
+        place.mistake(&format!("{flag}-5"), "a bandwidth counts connections: it must not be negative");
+        place.mistake(&format!("{flag}1.5"), "a bandwidth counts connections: it must be a whole number");
+        place.mistake(&format!("{flag}wide"), "it must be a whole number, digits only (0 is dense)");
+        place.mistake(&format!("{flag}99999999999"), "it must be at most 2147483648");
+    }
+    place.mistake("band -w -5", "it must not be negative");
+    place.mistake("band -w 0", "bandwidth 0 means a dense layer");
+    place.mistake("band -w 8 -C 2147483648", "a band needs 1 <= N <= W <= 1048576");
+    place.mistake("band -w 8 -C 10 --wide 5", "N (narrow) is 10 and W (wide) is 5");
+    place.mistake("-d 2", "it must be 1 (on) or 0 (off)");
+}
+
+#[test]
+fn zero_and_absurd_sizes_are_refused() {
+    let place = Place::new();
+    for flag in ["-b", "-t", "-n", "-g", "--grad-accum"] {
+        place.mistake(&format!("{flag} 0"), "it must be at least 1");
+        place.mistake(&format!("{flag} -3"), "it must not be negative");
+        place.mistake(&format!("{flag} 99999999999"), "it must be at most 2147483648");
+        place.mistake(&format!("{flag} 184467440737095516160"), "it must be a");
+    }
+    for flag in ["-k", "-v", "-m", "-s", "--warmup"] {
+        place.mistake(&format!("{flag} -1"), "it must not be negative");
+    }
+    place.mistake("-b 2147483648 -t 2", "a step of 1 x 2147483648 x 2 tokens is absurd; choose a smaller -b");
+    place.mistake("-b 2147483648 -t 1", "takes B*T+1 = 2147483649; choose a smaller --batch-size");
+    place.mistake("-t 129", "a sequence of 129 tokens is longer than the 128 positions of this model; choose -t 128");
+    place.mistake("info -t 513", "longer than the 512 positions");
+    place.mistake("bench step -t 129", "longer than the 128 positions");
+    place.mistake("--seed 4294967296", "it must be a whole number from 0 to 4294967295");
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    let place = Place::new();
+    place.mistake("-l 0", "it must be above 0");
+    place.mistake("-l -0.5", "it must be above 0");
+    place.mistake("-l nan", "it must be a number");
+    place.mistake("-l 1e400", "it must be a number");
+    place.mistake("--beta1 1", "it must be at least 0 and below 1");
+    place.mistake("--beta2 -0.5", "it must be at least 0 and below 1");
+    place.mistake("--weight-decay -1", "it must be 0 or more");
+    place.mistake("--grad-clip inf", "it must be a number");
+    place.mistake("tokenize --input a --output b --val-output c --val-fraction 1", "it must lie between 0 and 1");
+}
+
+/// A pair of words that multiply beyond 64 bits, or to more memory than there is, must not get as far as allocating it.
+#[test]
+fn what_memory_cannot_hold_is_refused_before_it_is_asked_for() {
+    let place = Place::new();
+    place.mistake("bench kernels -C 2147483648", "choose a smaller --rows or --channels");
+    place.mistake("bench kernels --rows 2147483648", "choose a smaller --rows or --channels");
+    place.mistake("bench step -b 2147483648", "of memory, but ");
+    // 2^26 tokens of nothing: a sparse file.
+    place.write("huge.bin", token_file(&[]));
+    let count = (1 << 26) + 1;
+    let mut header = token_file(&[]);
+    header[8..12].copy_from_slice(&i32::to_le_bytes(count));
+    place.write("huge.bin", header);
+    File::options().write(true).open(place.path("huge.bin")).unwrap().set_len(1024 + 2 * count as u64).unwrap();
+    let line = "--preset toy -i huge.bin -t 128 -c m.safetensors";
+    place.mistake(&format!("{line} -b 524288"), "training in batches of 524288 x 128 tokens takes ");
+    place.mistake(&format!("{line} -b 524288"), "are free on CPU");
+    place.mistake(&format!("{line} -b 524288"), "; choose -b ");
+}
+
+#[test]
+fn devices_that_are_not_there_are_named() {
+    let place = Place::new();
+    for backend in ["cuda", "wgpu"] {
+        if bandtrain_has(backend) {
+            continue;
+        }
+        for command in ["", "info ", "bench "] {
+            place.mistake(
+                &format!("{command}--backend {backend}"),
+                &format!("has no {backend} backend; use --backend cpu"),
+            );
+        }
+    }
+    for precision in ["bf16", "tf32", "f16"] {
+        place.mistake(&format!("--backend cpu --precision {precision}"), "the cpu backend computes in fp32 only");
+    }
+}
+
+/// Whether this build knows the backend; what it then says of a missing device is that backend's own matter.
+fn bandtrain_has(backend: &str) -> bool {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend").join(backend).exists()
+}
+
+#[test]
+fn broken_files_of_options_are_refused() {
+    let place = Place::new();
+    let refuse = |text: &[u8], part: &str| {
+        place.write("o.toml", text);
+        place.mistake("--config o.toml", part);
+    };
+    refuse(b"steps = 3\nstepz = 4", "o.toml: line 2: unknown field `stepz`");
+    refuse(b"steps = \"three\"", "line 1: invalid type: string \"three\"");
+    refuse(b"steps = 1.5", "line 1: invalid type: floating point");
+    refuse(b"\nsteps = ", "o.toml: line 2: ");
+    refuse(b"steps = -3", "line 1: invalid value: integer `-3`");
+    refuse(b"dense = 1", "expected a boolean");
+    refuse(b"backend = \"abacus\"", "unknown variant `abacus`");
+    refuse(b"config = \"other.toml\"", "unknown field `config`");
+    refuse(b"batch-size = 0", "o.toml: invalid value '0' for '--batch-size <N>': it must be at least 1");
+    refuse(b"batch-size = 99999999999", "it must be at most 2147483648");
+    refuse(b"learning-rate = nan", "it must be a number");
+    refuse(b"beta1 = 2.0", "it must be at least 0 and below 1");
+    refuse(b"train-data = \"\"", "a value is required for '--train-data <FILES>'");
+    refuse(b"preset = \"toy\"\ninit = \"m.bin\"", "cannot be used with");
+    refuse(b"steps = 3\n# \xff", "o.toml: is not UTF-8 text (byte 12)");
+    refuse(&vec![b'#'; 2 << 20], "is larger than any file of options");
+    place.mistake("--config no.toml", "cannot open no.toml: ");
+    place.mistake("--config .", "name a file, not a folder");
+}
+
+#[test]
+fn settings_of_generation_are_checked() {
+    let place = Place::with_model_and_data();
+    for (settings, part) in [
+        ("--temperature -1", "it must be 0 or more"),
+        ("--temperature nan", "it must be a number"),
+        ("--temperature hot", "it must be a number"),
+        ("--temperature 1e300", "--temperature inf must be 0 or more"),
+        ("--top-p 0", "it must be above 0"),
+        ("--top-p 1.5", "--top-p 1.5 must be above 0 and at most 1"),
+        ("--top-k -1", "it must not be negative"),
+        ("--samples 0", "it must be at least 1"),
+        ("-n 0", "it must be at least 1"),
+        ("--seed -1", "it must be a whole number from 0"),
+    ] {
+        place.mistake(&format!("generate -e tiny.bin {settings}"), part);
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::ffi::OsStrExt;
+        let mut command = place.command("generate -e tiny.bin --prompt");
+        place.refuse(command.arg(std::ffi::OsStr::from_bytes(b"caf\xe9")), "invalid UTF-8");
+    }
+}
