@@ -62,7 +62,7 @@ pub trait Task {
     fn run<B: Backend>(self, backend: B) -> Result<Self::Output>;
 }
 
-/// Runs `task` on the backend asked for.
+/// Runs `task` on the backend asked for. Whether there is one is found out before the task does anything.
 ///
 /// # Errors
 /// [`Error::Device`] when this build or machine has no such backend, [`Error::Usage`] for a precision or an adapter that

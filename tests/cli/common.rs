@@ -1,7 +1,7 @@
 //! A folder to run the program in, and small models and token files to run it on.
 
 use bandtrain::checkpoint::{Checkpoint, Format, Meta, save};
-use bandtrain::config::{BYTES_VOCAB, GptConfig, padded_vocab};
+use bandtrain::config::{BYTES_VOCAB, GptConfig};
 use bandtrain::weights::Weights;
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,7 +17,7 @@ pub const TINY: GptConfig = GptConfig {
     num_heads: 2,
     max_seq_len: 16,
     vocab_size: BYTES_VOCAB,
-    padded_vocab_size: padded_vocab(BYTES_VOCAB),
+    padded_vocab_size: BYTES_VOCAB.next_multiple_of(64),
     fc1_bandwidth: 0,
     fc2_bandwidth: 0,
 };
@@ -69,6 +69,8 @@ impl Place {
     pub fn command(&self, line: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bandtrain"));
         command.current_dir(self.folder.path()).args(line.split_whitespace()).stdin(Stdio::null());
+        // Vulkan's drivers complain on standard error when they look for a display and this is not set.
+        command.env("XDG_RUNTIME_DIR", self.folder.path());
         command
     }
 

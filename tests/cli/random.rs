@@ -1,24 +1,24 @@
 //! Random words and files of options: an error of the user's kind, never a panic, never an internal fault.
 //!
-//! The parsers run inside this process. A backend that this build lacks keeps what happens to be valid from training;
-//! it is asked for on the command line, which wins over every file.
+//! The parsers run inside this process. A precision that the CPU lacks keeps what happens to be valid from training; it is
+//! asked for on the command line, which wins over every file.
 
 use bandtrain::cli;
 use proptest::prelude::*;
 use std::ffi::OsString;
 use std::fs;
 
-/// What `bandtrain train` says of these words; `None` when they only asked for help.
-fn verdict(words: &[String]) -> Option<String> {
-    let fixed = ["bandtrain", "train", "--backend=cuda", "--precision=tf32"].map(String::from);
-    let error = cli::run(fixed.iter().chain(words).map(OsString::from)).err()?;
+/// What `bandtrain train` says of these words, which must not ask for help.
+fn verdict(words: &[String]) -> String {
+    let fixed = ["bandtrain", "train", "--backend=cpu", "--precision=bf16"].map(String::from);
+    let error = cli::run(fixed.iter().chain(words).map(OsString::from)).expect_err("this precision does not exist");
     assert_eq!(error.exit_code(), 2, "{words:?}: {error}");
-    Some(error.to_string())
+    error.to_string()
 }
 
 /// Whether the words got past the parser, to the device.
 fn accepted(words: &[String]) -> bool {
-    verdict(words).is_some_and(|sentence| sentence.contains("has no cuda backend"))
+    verdict(words).contains("computes in fp32 only")
 }
 
 const OPTIONS: &str = "preset = \"toy\"\nsteps = 3\nbatch-size = 2\nlearning-rate = 0.003\nschedule = \"wsd\"\nbeta1 = 0.9\n\
@@ -40,7 +40,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 128, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn random_words_never_panic(words in proptest::collection::vec("-{0,2}[a-z0-9=.é\n-]{0,8}", 0..5)) {
+    fn random_words_never_panic(words in proptest::collection::vec("-{0,2}[a-gi-z0-9=.é\n-]{0,8}", 0..5)) {
         verdict(&words);
     }
 
