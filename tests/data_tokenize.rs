@@ -1,5 +1,7 @@
 //! Text files to token files: formats, splits, shards, and what is refused.
 
+mod skip;
+
 use bandtrain::data::tokenize::{Summary, TokenizeOptions, ValidationSplit, tokenize};
 use bandtrain::data::{TokenFile, Tokenizer};
 use bandtrain::error::{Error, Result};
@@ -268,8 +270,8 @@ proptest! {
 #[test]
 fn tinystories_gives_the_reference_tokens() {
     let Some(folder) = std::env::var_os("BANDTRAIN_TEST_DATA") else {
-        println!("skipped: BANDTRAIN_TEST_DATA names no folder with tinystories/train.txt and valid.txt");
-        return;
+        let why = "BANDTRAIN_TEST_DATA names no folder with tinystories/train.txt and valid.txt";
+        return skip::skip("tinystories", why);
     };
     let reference = [
         ("train.txt", 2_663_532, "bd2a53b0eb3ce3bb9a043778a8278303c34a020e9fa5b27e0a8519612f21f18f"),

@@ -1,0 +1,14 @@
+//! What a test does that needs something this machine lacks: a line that is visible although the test passes.
+
+use std::io::Write;
+
+/// Says that a test is skipped because `need` is missing, unless `BANDTRAIN_REQUIRE` (names, separated by commas) lists it.
+///
+/// # Panics
+/// When it is listed.
+pub fn skip(need: &str, why: &str) {
+    let required = std::env::var("BANDTRAIN_REQUIRE").is_ok_and(|names| names.split(',').any(|name| name == need));
+    assert!(!required, "BANDTRAIN_REQUIRE asks for {need}, but {why}");
+    // Not by a print macro: the test harness keeps those to itself when a test passes.
+    let _ = writeln!(std::io::stderr(), "skipped, for want of {need}: {why}");
+}
