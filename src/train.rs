@@ -1,14 +1,15 @@
 //! The training loop: accumulate, update, validate, sample, write checkpoints, stop when asked to.
 
 use crate::backend::{Backend, Role, Write};
-use crate::checkpoint::{self, Checkpoint, Format, Meta};
-use crate::data::{Loader, StreamDecoder, Tokenizer};
+use crate::checkpoint::{self, Checkpoint, Format, Meta, Moments};
+use crate::data::{Loader, Position, StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
 use crate::generate::{Generator, Sampler, Sampling};
 use crate::metrics::{Reporter, StepRecord, ValRecord};
 use crate::model::{Activations, Model};
 use crate::optim::{Hyperparameters, Optimizer, Schedule, StepResult};
 use crate::shapes::Span;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -46,6 +47,8 @@ pub struct TrainPlan {
     pub checkpoint: PathBuf,
     /// Seed of the samples.
     pub seed: u64,
+    /// Entries for the native checkpoint's metadata.
+    pub notes: BTreeMap<String, String>,
 }
 
 /// What came of a training.
@@ -99,7 +102,16 @@ impl<'a, B: Backend> Trainer<'a, B> {
         })
     }
 
-    /// Runs the whole plan. `interrupt` stops it after the step under way; the checkpoint is written then as well.
+    /// Goes on after `step` steps that left the model's weights and these moments.
+    ///
+    /// # Errors
+    /// The device failed; a step beyond what data can be sought to.
+    pub fn resume(&mut self, train: &mut Loader, moments: &Moments, step: u64) -> Result<()> {
+        self.optimizer.restore(self.model, moments, step)?;
+        train.seek(Position { batches: step.saturating_mul(self.plan.grad_accum as u64) })
+    }
+
+    /// Runs the plan, or what is left of it after [`Trainer::resume`]. `interrupt` stops it after the step under way; the checkpoint is written then as well.
     ///
     /// # Errors
     /// [`Error::Interrupted`] saying where the checkpoint is; a loss or gradient that is not finite; data, device or
@@ -121,9 +133,12 @@ impl<'a, B: Backend> Trainer<'a, B> {
             first_and_last = Some((first, val_loss));
             Ok(())
         };
-        validate(self, 0)?;
+        let done = self.optimizer.step();
+        if done == 0 {
+            validate(self, 0)?;
+        }
         self.clock = Instant::now();
-        for step in 1..=plan.steps {
+        for step in done + 1..=plan.steps {
             self.step(train, step)?;
             let last = step == plan.steps;
             let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
@@ -132,17 +147,16 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 continue;
             }
             self.collect(step)?;
-            if stop {
-                self.save(step)?;
-                let path = plan.checkpoint.display();
-                return Err(Error::Interrupted(format!("the checkpoint after step {step} is in {path}")));
-            }
             validate(self, step)?;
             if due(plan.sample_every) {
                 self.sample(step)?;
             }
-            if due(plan.checkpoint_every) || last {
+            if due(plan.checkpoint_every) || last || stop {
                 self.save(step)?;
+            }
+            if stop && !last {
+                let path = plan.checkpoint.display();
+                return Err(Error::Interrupted(format!("the checkpoint after step {step} is in {path}")));
             }
             self.clock = Instant::now();
         }
@@ -222,10 +236,16 @@ impl<'a, B: Backend> Trainer<'a, B> {
 
     fn save(&mut self, step: u64) -> Result<()> {
         let weights = self.model.weights()?;
-        let meta =
-            Meta { tokenizer: self.tokenizer.map(|tokenizer| tokenizer.name().to_string()), step, ..Meta::default() };
+        let extra = self.plan.notes.clone();
+        let meta = Meta { tokenizer: self.tokenizer.map(|tokenizer| tokenizer.name().to_string()), step, extra };
         let path = &self.plan.checkpoint;
-        checkpoint::save(path, &Checkpoint { weights, meta }, Format::of_path(path)?)?;
+        let checkpoint = Checkpoint { weights, meta };
+        match Format::of_path(path)? {
+            Format::Safetensors => {
+                checkpoint::save_with_moments(path, &checkpoint, &self.optimizer.moments(self.model)?)?;
+            }
+            format => checkpoint::save(path, &checkpoint, format)?,
+        }
         self.reporter.note(&format!("step {step}/{} | checkpoint written to {}", self.plan.steps, path.display()))
     }
 }

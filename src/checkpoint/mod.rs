@@ -39,6 +39,15 @@ pub struct Checkpoint {
     pub meta: Meta,
 }
 
+/// AdamW's moments, laid out as the weights are.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// Running mean of the gradients.
+    pub first: Weights,
+    /// Running mean of their squares.
+    pub second: Weights,
+}
+
 /// What a checkpoint says beside its weights. The native format keeps all of it, an HF export the tokenizer and the
 /// step, llm.c's files nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -208,8 +217,28 @@ pub fn save(path: &Path, checkpoint: &Checkpoint, format: Format) -> Result<()> 
     check_savable(path, checkpoint, format.encoding())?;
     match format {
         Format::Llmc | Format::LlmcBf16 => llmc::write(path, &checkpoint.weights, format.encoding())?.publish(),
-        Format::Safetensors => safetensors::write(path, checkpoint)?.publish(),
+        Format::Safetensors => safetensors::write(path, checkpoint, None)?.publish(),
         Format::Hf => hf::write(path, checkpoint),
+    }
+}
+
+/// Writes a native checkpoint with the moments that a training needs to go on from it, as [`save`] does.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_with_moments(path: &Path, checkpoint: &Checkpoint, moments: &Moments) -> Result<()> {
+    check_savable(path, checkpoint, Encoding::F32)?;
+    safetensors::write(path, checkpoint, Some(moments))?.publish()
+}
+
+/// Loads a native checkpoint with its moments.
+///
+/// # Errors
+/// As [`load`]; [`Error::File`] when the file holds no moments.
+pub fn load_with_moments(path: &Path) -> Result<(Checkpoint, Moments)> {
+    match detect(path)? {
+        Format::Safetensors => safetensors::read_with_moments(path),
+        _ => Err(Error::file(path, "holds no moments, so no training can be resumed from it; start from it with -e")),
     }
 }
 

@@ -10,6 +10,7 @@ mod generate;
 mod info;
 mod init;
 mod parse;
+mod resume;
 mod tokenize;
 mod train;
 

@@ -6,6 +6,7 @@
 use super::device::{BackendName, DeviceArgs, Precision, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
+use super::resume::{self, Resumed};
 use crate::backend::Backend;
 use crate::checkpoint::{self, Format};
 use crate::config::{GptConfig, Preset, preset};
@@ -180,6 +181,14 @@ pub struct TrainOptions {
     #[arg(long, short = 'c', value_name = "FILE", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     checkpoint: Option<PathBuf>,
+    /// Go on from the checkpoint where it stops, bit for bit; without one start fresh
+    #[arg(long, help_heading = "Run")]
+    #[serde(skip_serializing_if = "is_false")]
+    resume: bool,
+    /// Resume even when a changed option makes it another run
+    #[arg(long, help_heading = "Run", requires = "resume")]
+    #[serde(skip)]
+    force: bool,
     /// Steps between checkpoints, 0 is at the end only [default: 0]
     #[arg(long, short = 'k', value_parser = parse::steps, value_name = "N", help_heading = "Run",
           allow_negative_numbers = true)]
@@ -215,6 +224,7 @@ impl TrainOptions {
             grad_accum learning_rate schedule warmup recipe beta1 beta2 weight_decay grad_clip seed val_every val_batches
             sample_every sample_tokens log metrics checkpoint checkpoint_every backend precision);
         self.quiet |= others.quiet;
+        self.resume |= others.resume;
         self
     }
 
@@ -256,6 +266,7 @@ struct TrainConfig {
     train: Loader,
     val: Option<Loader>,
     notes: Vec<String>,
+    resumed: Option<Resumed>,
 }
 
 /// Runs the command.
@@ -291,7 +302,7 @@ fn resolve(mut options: TrainOptions) -> Result<TrainConfig> {
     let (name, defaults, weights) = model(&mut options, &source, &mut notes)?;
     let config = *weights.config();
     let seed = *options.seed.get_or_insert(42);
-    let plan = plan(&mut options, &defaults, &config, &name)?;
+    let mut plan = plan(&mut options, &defaults, &config, &name)?;
     check_writable(&plan.checkpoint)?;
     let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
     let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
@@ -326,7 +337,12 @@ fn resolve(mut options: TrainOptions) -> Result<TrainConfig> {
     if val.is_none() && plan.val_every > 0 {
         notes.push("no validation: name validation data with -j".to_string());
     }
-    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes })
+    plan.notes = resume::identity(&options, &config, &train, val.as_ref())?;
+    let resumed = match options.resume {
+        true => resume::find(&plan.checkpoint, &plan.notes, &config, options.force, &mut notes)?,
+        false => None,
+    };
+    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes, resumed })
 }
 
 /// The initial weights, banded as asked, with the model's name and the preset whose defaults apply.
@@ -395,6 +411,7 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
         checkpoint_every: *options.checkpoint_every.get_or_insert(0),
         checkpoint: checkpoint.clone(),
         seed: options.seed.unwrap_or(42),
+        notes: Default::default(),
     };
     let tokens = plan.batch_size.checked_mul(plan.seq_len).and_then(|rows| rows.checked_mul(plan.grad_accum));
     if tokens.is_none_or(|tokens| tokens > 1 << 31) {
@@ -425,17 +442,25 @@ impl Task for TrainConfig {
     fn run<B: Backend>(mut self, backend: B) -> Result<()> {
         let plan = &self.plan;
         let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
-        let mut reporter = Reporter::new(plan.steps, self.options.quiet, metrics, log)?;
+        let quiet = self.options.quiet;
+        let mut reporter = match &self.resumed {
+            None => Reporter::new(plan.steps, quiet, metrics, log)?,
+            Some(resumed) => Reporter::resume(plan.steps, quiet, metrics, log, resumed.step)?,
+        };
         describe(&self.name, &self.weights, plan, &self.train, &backend.description(), &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
         }
         write_resolved(&self.options, &plan.checkpoint)?;
         let interrupt = interrupt_flag()?;
-        let mut model = Model::new(backend, &self.weights)?;
+        let weights = self.resumed.as_ref().map_or(&self.weights, |resumed| &resumed.weights);
+        let mut model = Model::new(backend, weights)?;
         // From here on the weights live on the device.
         drop(self.weights);
         let mut trainer = Trainer::new(plan, &mut model, self.tokenizer, &mut reporter)?;
+        if let Some(resumed) = self.resumed.take() {
+            trainer.resume(&mut self.train, &resumed.moments, resumed.step)?;
+        }
         let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
         if let Some((first, last)) = summary.val_loss {
             reporter.note(&format!("done: validation loss {first:.6} -> {last:.6}"))?;
