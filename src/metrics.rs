@@ -1,5 +1,6 @@
 //! What a training reports while it runs: a live line or plain lines, a JSON-lines file, and the experiment's log.
 
+use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
 use crate::output::{grouped, loss};
 use crate::say;
@@ -50,6 +51,22 @@ impl LineFile {
         Ok(Self { path: path.to_path_buf(), file })
     }
 
+    /// Goes on with a file after `step`: later lines, and whatever a crash left of one, are dropped.
+    fn resume(path: &Path, step: u64, step_of: fn(&str) -> Option<u64>) -> Result<Self> {
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            text => text.map_err(Error::io("read", path))?,
+        };
+        let mut kept = AtomicFile::create(path)?;
+        let whole = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        for line in whole.filter(|line| step_of(line).is_some_and(|at| at <= step)) {
+            kept.append(line.as_bytes())?;
+        }
+        kept.seal()?.publish()?;
+        let file = File::options().append(true).open(path).map_err(Error::io("open", path))?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+
     /// One write a line, so that a reader, or a crash, never sees half of one.
     fn line(&mut self, line: &str) -> Result<()> {
         self.file.write_all(format!("{line}\n").as_bytes()).map_err(Error::io("write", &self.path))
@@ -72,6 +89,21 @@ impl Reporter {
     /// # Errors
     /// [`Error::Io`] when a file cannot be created.
     pub fn new(steps: u64, quiet: bool, metrics: Option<&Path>, log: Option<&Path>) -> Result<Self> {
+        let (metrics, log) = (metrics.map(LineFile::create).transpose()?, log.map(LineFile::create).transpose()?);
+        Ok(Self::over(steps, quiet, metrics, log))
+    }
+
+    /// The same for a run that goes on after `step`: the files keep their records up to there.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file cannot be read or written.
+    pub fn resume(steps: u64, quiet: bool, metrics: Option<&Path>, log: Option<&Path>, step: u64) -> Result<Self> {
+        let metrics = metrics.map(|path| LineFile::resume(path, step, step_of_record)).transpose()?;
+        let log = log.map(|path| LineFile::resume(path, step, step_of_log)).transpose()?;
+        Ok(Self::over(steps, quiet, metrics, log))
+    }
+
+    fn over(steps: u64, quiet: bool, metrics: Option<LineFile>, log: Option<LineFile>) -> Self {
         let live = !quiet && std::io::stdout().is_terminal() && std::io::stderr().is_terminal();
         let bar = live.then(|| {
             let bar = ProgressBar::new(steps);
@@ -79,8 +111,7 @@ impl Reporter {
             bar.set_style(style.expect("the template is well formed"));
             bar
         });
-        let (metrics, log) = (metrics.map(LineFile::create).transpose()?, log.map(LineFile::create).transpose()?);
-        Ok(Self { steps, quiet, bar, metrics, log })
+        Self { steps, quiet, bar, metrics, log }
     }
 
     /// A step is done.
@@ -146,6 +177,16 @@ impl Reporter {
             bar.finish_and_clear();
         }
     }
+}
+
+/// The step of a line of `--metrics`.
+fn step_of_record(line: &str) -> Option<u64> {
+    serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64()
+}
+
+/// The step of a line of llm.c's log: `s:STEP ...`.
+fn step_of_log(line: &str) -> Option<u64> {
+    line.strip_prefix("s:")?.split(' ').next()?.parse().ok()
 }
 
 fn json(record: &impl Serialize) -> Result<String> {

@@ -1,9 +1,11 @@
 //! What surrounds a step: recipes, learning-rate schedules, and the optimizer's buffers.
 
 use crate::backend::{AdamWStep, Backend, Device, OptimizerState, Role, Write};
+use crate::checkpoint::Moments;
 use crate::error::Result;
 use crate::model::{Activations, Model};
 use crate::shapes::Span;
+use crate::weights::Weights;
 use serde::{Deserialize, Serialize};
 
 /// Keeps AdamW's quotient finite.
@@ -177,6 +179,32 @@ impl<B: Backend> Optimizer<B> {
         device.adamw_step(state, &self.grads, &self.norm, &self.plan, &step)?;
         let first = Span { offset: 0, len: 1 };
         Ok(StepResult { loss: device.request(&self.loss, first)?, norm: device.request(&self.norm, first)? })
+    }
+
+    /// The moments in host memory.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn moments(&self, model: &mut Model<B>) -> Result<Moments> {
+        let all = Span { offset: 0, len: model.table().len() };
+        let mut host = |buffer| -> Result<Weights> {
+            let mut values = Weights::zeros(model.config())?;
+            values.values_mut().copy_from_slice(&model.backend().download(buffer, all)?);
+            Ok(values)
+        };
+        Ok(Moments { first: host(&self.m)?, second: host(&self.v)? })
+    }
+
+    /// Goes on after `step` steps that left these moments.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn restore(&mut self, model: &mut Model<B>, moments: &Moments, step: u64) -> Result<()> {
+        let device = model.backend();
+        device.upload(&mut self.m, 0, moments.first.values())?;
+        device.upload(&mut self.v, 0, moments.second.values())?;
+        self.step = step;
+        Ok(())
     }
 
     /// The gradients in host memory, laid out as the parameters, for tests.

@@ -1,14 +1,15 @@
 //! The training loop: accumulate, update, validate, sample, write checkpoints, stop when asked to.
 
 use crate::backend::{Backend, Role, Write};
-use crate::checkpoint::{self, Checkpoint, Format, Meta};
-use crate::data::{Loader, StreamDecoder, Tokenizer};
+use crate::checkpoint::{self, Checkpoint, Format, Meta, Moments};
+use crate::data::{Loader, Position, StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
 use crate::generate::{Generator, Sampler, Sampling};
 use crate::metrics::{Reporter, StepRecord, ValRecord};
 use crate::model::{Activations, Model};
 use crate::optim::{Hyperparameters, Optimizer, Schedule, StepResult};
 use crate::shapes::Span;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -46,7 +47,23 @@ pub struct TrainPlan {
     pub checkpoint: PathBuf,
     /// Seed of the samples.
     pub seed: u64,
+    /// Entries for the native checkpoint's metadata.
+    pub notes: BTreeMap<String, String>,
 }
+
+/// How far a run had come when it was saved: what going on with it takes beside the weights.
+#[derive(Debug, Clone)]
+pub struct Progress {
+    /// Steps done.
+    pub step: u64,
+    /// Batches taken from the training data.
+    pub batches: u64,
+    /// AdamW's moments.
+    pub moments: Moments,
+}
+
+/// The entry of a checkpoint's metadata that holds [`Progress::batches`].
+pub const BATCHES_KEY: &str = "batches";
 
 /// What came of a training.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -99,7 +116,21 @@ impl<'a, B: Backend> Trainer<'a, B> {
         })
     }
 
-    /// Runs the whole plan. `interrupt` stops it after the step under way; the checkpoint is written then as well.
+    /// Goes on where a run that left the model's weights had come to.
+    ///
+    /// # Errors
+    /// The device failed; a step beyond what data can be sought to.
+    pub fn resume(&mut self, train: &mut Loader, progress: Progress) -> Result<()> {
+        let Progress { step, batches, moments } = progress;
+        self.optimizer.restore(self.model, &moments, step)?;
+        if step >= self.plan.steps {
+            self.reporter.note(&format!("note: all {} steps are done; ask for more with -n", self.plan.steps))?;
+        }
+        train.seek(Position { batches })
+    }
+
+    /// Runs the plan, or what is left of it after [`Trainer::resume`]. `interrupt` stops it after the step under way; the
+    /// checkpoint is written then as well.
     ///
     /// # Errors
     /// [`Error::Interrupted`] saying where the checkpoint is; a loss or gradient that is not finite; data, device or
@@ -121,9 +152,12 @@ impl<'a, B: Backend> Trainer<'a, B> {
             first_and_last = Some((first, val_loss));
             Ok(())
         };
-        validate(self, 0)?;
+        let done = self.optimizer.step();
+        if done == 0 {
+            validate(self, 0)?;
+        }
         self.clock = Instant::now();
-        for step in 1..=plan.steps {
+        for step in done + 1..=plan.steps {
             self.step(train, step)?;
             let last = step == plan.steps;
             let due = |every: u64| every > 0 && (step.is_multiple_of(every) || last);
@@ -132,17 +166,16 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 continue;
             }
             self.collect(step)?;
-            if stop {
-                self.save(step)?;
-                let path = plan.checkpoint.display();
-                return Err(Error::Interrupted(format!("the checkpoint after step {step} is in {path}")));
-            }
             validate(self, step)?;
             if due(plan.sample_every) {
                 self.sample(step)?;
             }
-            if due(plan.checkpoint_every) || last {
-                self.save(step)?;
+            if due(plan.checkpoint_every) || last || stop {
+                self.save(step, train.position())?;
+            }
+            if stop && !last {
+                let path = plan.checkpoint.display();
+                return Err(Error::Interrupted(format!("the checkpoint after step {step} is in {path}")));
             }
             self.clock = Instant::now();
         }
@@ -220,12 +253,19 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.reporter.note(&format!("step {step}/{} | sample: {}", self.plan.steps, text.replace('\n', "\n    ")))
     }
 
-    fn save(&mut self, step: u64) -> Result<()> {
+    fn save(&mut self, step: u64, position: Position) -> Result<()> {
         let weights = self.model.weights()?;
-        let meta =
-            Meta { tokenizer: self.tokenizer.map(|tokenizer| tokenizer.name().to_string()), step, ..Meta::default() };
+        let mut extra = self.plan.notes.clone();
+        extra.insert(BATCHES_KEY.to_string(), position.batches.to_string());
+        let meta = Meta { tokenizer: self.tokenizer.map(|tokenizer| tokenizer.name().to_string()), step, extra };
         let path = &self.plan.checkpoint;
-        checkpoint::save(path, &Checkpoint { weights, meta }, Format::of_path(path)?)?;
+        let checkpoint = Checkpoint { weights, meta };
+        match Format::of_path(path)? {
+            Format::Safetensors => {
+                checkpoint::save_with_moments(path, &checkpoint, &self.optimizer.moments(self.model)?)?;
+            }
+            format => checkpoint::save(path, &checkpoint, format)?,
+        }
         self.reporter.note(&format!("step {step}/{} | checkpoint written to {}", self.plan.steps, path.display()))
     }
 }

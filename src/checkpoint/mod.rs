@@ -39,6 +39,15 @@ pub struct Checkpoint {
     pub meta: Meta,
 }
 
+/// AdamW's moments, laid out as the weights are.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// Running mean of the gradients.
+    pub first: Weights,
+    /// Running mean of their squares.
+    pub second: Weights,
+}
+
 /// What a checkpoint says beside its weights. The native format keeps all of it, an HF export the tokenizer and the
 /// step, llm.c's files nothing.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -205,18 +214,39 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
 /// [`Error::Io`] when something cannot be written (a full disk), [`Error::File`] when a weight is not finite or too large
 /// for the format, [`Error::Internal`] when a weight outside the band is not zero.
 pub fn save(path: &Path, checkpoint: &Checkpoint, format: Format) -> Result<()> {
-    check_savable(path, checkpoint, format.encoding())?;
+    check_savable(path, &checkpoint.weights, &checkpoint.meta, format.encoding())?;
     match format {
         Format::Llmc | Format::LlmcBf16 => llmc::write(path, &checkpoint.weights, format.encoding())?.publish(),
-        Format::Safetensors => safetensors::write(path, checkpoint)?.publish(),
+        Format::Safetensors => safetensors::write(path, checkpoint, None)?.publish(),
         Format::Hf => hf::write(path, checkpoint),
     }
 }
 
+/// Writes a native checkpoint with the moments that a training needs to go on from it, as [`save`] does.
+///
+/// # Errors
+/// As [`save`].
+pub fn save_with_moments(path: &Path, checkpoint: &Checkpoint, moments: &Moments) -> Result<()> {
+    check_savable(path, &checkpoint.weights, &checkpoint.meta, Encoding::F32)?;
+    check_savable(path, &moments.first, &checkpoint.meta, Encoding::F32)?;
+    check_savable(path, &moments.second, &checkpoint.meta, Encoding::F32)?;
+    safetensors::write(path, checkpoint, Some(moments))?.publish()
+}
+
+/// Loads a native checkpoint with its moments.
+///
+/// # Errors
+/// As [`load`]; [`Error::File`] when the file holds no moments.
+pub fn load_with_moments(path: &Path) -> Result<(Checkpoint, Moments)> {
+    match detect(path)? {
+        Format::Safetensors => safetensors::read_with_moments(path),
+        _ => Err(Error::file(path, "holds no moments, so no training can be resumed from it; start from it with -e")),
+    }
+}
+
 /// Refuses to put what no reader accepts in the place of a good checkpoint.
-fn check_savable(path: &Path, checkpoint: &Checkpoint, encoding: Encoding) -> Result<()> {
-    let weights = &checkpoint.weights;
-    if let Some(name) = &checkpoint.meta.tokenizer {
+fn check_savable(path: &Path, weights: &Weights, meta: &Meta, encoding: Encoding) -> Result<()> {
+    if let Some(name) = &meta.tokenizer {
         check_tokenizer(name).map_err(Error::Internal)?;
     }
     for &tensor in weights.table().tensors() {

@@ -8,10 +8,10 @@ use crate::atomic::SealedFile;
 use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::values::{self, Encoding};
-use crate::checkpoint::{Checked, Checkpoint, Meta, quoted};
+use crate::checkpoint::{Checked, Checkpoint, Meta, Moments, quoted};
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
-use crate::shapes::{ParamTable, Tensor};
+use crate::shapes::{Param, ParamTable, Tensor};
 use crate::weights::Weights;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +21,9 @@ use std::path::Path;
 const FORMAT: &str = "bandtrain";
 /// The value of `version` in the metadata. Raise it when an older program would misread a newer file.
 const VERSION: u32 = 1;
+/// What precedes a tensor's name when it holds the first or the second moments.
+const FIRST: &str = "m.";
+const SECOND: &str = "v.";
 /// No packing has panels of more rows or windows aligned to more columns.
 const MAX_PACKING: usize = 1 << 16;
 
@@ -33,14 +36,22 @@ pub(super) fn recognises(container: &Container) -> bool {
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn write(path: &Path, checkpoint: &Checkpoint) -> Result<SealedFile> {
+pub fn write(path: &Path, checkpoint: &Checkpoint, moments: Option<&Moments>) -> Result<SealedFile> {
     let weights = &checkpoint.weights;
-    let tensors = weights.table().tensors();
-    let entries: Vec<Entry> = tensors
-        .iter()
-        .map(|&tensor| (values::name(tensor), shape(tensor, weights.config(), tensor.span.len)))
+    let mut sets = vec![("", weights)];
+    sets.extend(moments.into_iter().flat_map(|moments| [(FIRST, &moments.first), (SECOND, &moments.second)]));
+    let tensors: Vec<_> = sets
+        .into_iter()
+        .flat_map(|(prefix, set)| set.table().tensors().iter().map(move |&tensor| (prefix, set, tensor)))
         .collect();
-    let stored = |index: usize| Cow::Borrowed(weights.stored(tensors[index].param, tensors[index].layer));
+    let entry = |&(prefix, _, tensor): &(&str, _, Tensor)| -> Entry {
+        (format!("{prefix}{}", values::name(tensor)), shape(tensor, weights.config(), tensor.span.len))
+    };
+    let entries: Vec<Entry> = tensors.iter().map(entry).collect();
+    let stored = |index: usize| {
+        let (_, set, tensor) = tensors[index];
+        Cow::Borrowed(set.stored(tensor.param, tensor.layer))
+    };
     container::write(path, notes(checkpoint)?, &entries, stored)
 }
 
@@ -50,6 +61,30 @@ pub fn write(path: &Path, checkpoint: &Checkpoint) -> Result<SealedFile> {
 /// [`Error::Io`]; [`Error::File`] when the metadata is missing, damaged or of a newer version, when a tensor is missing,
 /// unknown or of another shape or type, when a weight is not finite, and when a slot outside the band is not zero.
 pub fn read(path: &Path) -> Result<Checkpoint> {
+    Ok(open(path)?.0)
+}
+
+/// Reads a checkpoint with its moments.
+///
+/// # Errors
+/// As [`read`], and when the file holds no moments.
+pub fn read_with_moments(path: &Path) -> Result<(Checkpoint, Moments)> {
+    let (checkpoint, mut container, packing) = open(path)?;
+    if container.shape(&format!("{FIRST}{}", Param::Wte.name())).is_none() {
+        let what = "holds weights but no moments, so no training can be resumed from it; start from it with -e instead";
+        return Err(Error::file(path, what));
+    }
+    let table = checkpoint.weights.table();
+    let mut set = |prefix| -> Result<Weights> {
+        check_shapes(&container, prefix, checkpoint.weights.config(), table, packing)?;
+        read_set(&mut container, prefix, checkpoint.weights.config(), packing)
+    };
+    let moments = Moments { first: set(FIRST)?, second: set(SECOND)? };
+    Ok((checkpoint, moments))
+}
+
+/// The checkpoint in a file, and the file for whatever else is wanted of it.
+fn open(path: &Path) -> Result<(Checkpoint, Container, Packing)> {
     let mut container = Container::open(path)?;
     let fault = |what: String| Error::file(path, what);
     let mut notes = container.notes();
@@ -57,11 +92,19 @@ pub fn read(path: &Path) -> Result<Checkpoint> {
     let meta = Meta::take(&mut notes, &config).map_err(fault)?;
     let table = ParamTable::new(&config).map_err(|error| fault(format!("its metadata makes no model: {error}")))?;
     check_tensors(&container, &config, &table, packing)?;
-    let mut weights = Weights::zeros(&config)?;
+    let weights = read_set(&mut container, "", &config, packing)?;
+    Ok((Checkpoint { weights, meta: Meta { extra: notes, ..meta } }, container, packing))
+}
+
+/// Reads all tensors whose names begin with `prefix`.
+fn read_set(container: &mut Container, prefix: &str, config: &GptConfig, packing: Packing) -> Result<Weights> {
+    let mut set = Weights::zeros(config)?;
+    let table = set.table().clone();
     for &tensor in table.tensors() {
-        read_tensor(&mut container, &mut weights, tensor, table.band(tensor.param).map(|(band, _)| (band, packing)))?;
+        let packed = table.band(tensor.param).map(|(band, _)| (band, packing));
+        read_tensor(container, prefix, &mut set, tensor, packed)?;
     }
-    Ok(Checkpoint { weights, meta: Meta { extra: notes, ..meta } })
+    Ok(set)
 }
 
 /// The constants a file was packed with.
@@ -136,15 +179,29 @@ fn shape(tensor: Tensor, config: &GptConfig, len: usize) -> Vec<usize> {
     }
 }
 
-/// Exactly the model's tensors are there, each with its shape and F32.
-fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, packing: Packing) -> Result<()> {
+/// The model's tensors are there under `prefix`, each with its shape and F32.
+fn check_shapes(
+    container: &Container,
+    prefix: &str,
+    config: &GptConfig,
+    table: &ParamTable,
+    packing: Packing,
+) -> Result<()> {
     let packed_len = |param| table.band(param).map(|(band, _)| packing.panels(band).iter().map(Panel::len).sum());
     for &tensor in table.tensors() {
         let len = packed_len(tensor.param).unwrap_or(tensor.span.len);
-        container.check(&values::name(tensor), &shape(tensor, config, len), &[Encoding::F32])?;
+        let name = format!("{prefix}{}", values::name(tensor));
+        container.check(&name, &shape(tensor, config, len), &[Encoding::F32])?;
     }
+    Ok(())
+}
+
+/// The model's tensors are there, and beside them nothing but moments.
+fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, packing: Packing) -> Result<()> {
+    check_shapes(container, "", config, table, packing)?;
     let known: BTreeSet<_> = table.tensors().iter().map(|&tensor| values::name(tensor)).collect();
-    match container.names().into_iter().find(|name| !known.contains(name)) {
+    let plain = |name: &str| name.strip_prefix(FIRST).or(name.strip_prefix(SECOND)).unwrap_or(name).to_string();
+    match container.names().into_iter().find(|name| !known.contains(&plain(name))) {
         None => Ok(()),
         Some(name) => {
             let what =
@@ -157,11 +214,12 @@ fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, 
 /// Reads one tensor to its place; a banded one comes with its band and the packing of the file.
 fn read_tensor(
     container: &mut Container,
+    prefix: &str,
     weights: &mut Weights,
     tensor: Tensor,
     packed: Option<(&Band, Packing)>,
 ) -> Result<()> {
-    let name = values::name(tensor);
+    let name = format!("{prefix}{}", values::name(tensor));
     let stored = weights.stored_mut(tensor.param, tensor.layer);
     let Some((band, packing)) = packed else {
         return container.read(&name, stored);

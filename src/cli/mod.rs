@@ -11,6 +11,7 @@ mod info;
 mod init;
 mod parity;
 mod parse;
+mod resume;
 mod tokenize;
 mod train;
 

@@ -6,6 +6,7 @@
 use super::device::{BackendName, DeviceArgs, Precision, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
+use super::resume::{self, Resumed};
 use crate::atomic::AtomicFile;
 use crate::backend::Backend;
 use crate::checkpoint::{self, Format};
@@ -18,7 +19,7 @@ use crate::model::Model;
 use crate::optim::{Hyperparameters, Recipe, Schedule};
 use crate::output::{grouped, loss};
 use crate::shapes::{Param, ParamTable};
-use crate::train::{TrainPlan, Trainer};
+use crate::train::{Progress, TrainPlan, Trainer};
 use crate::weights::Weights;
 use clap::builder::NonEmptyStringValueParser;
 use serde::{Deserialize, Serialize};
@@ -187,6 +188,14 @@ pub struct TrainOptions {
     #[arg(long, short = 'c', value_name = "FILE", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     checkpoint: Option<PathBuf>,
+    /// Go on from the checkpoint where it stops, bit for bit; without one start fresh
+    #[arg(long, help_heading = "Run")]
+    #[serde(skip_serializing_if = "is_false")]
+    resume: bool,
+    /// Resume even when a changed option makes it another run
+    #[arg(long, help_heading = "Run")]
+    #[serde(skip)]
+    force: bool,
     /// Steps between checkpoints, 0 is at the end only [default: 0]
     #[arg(long, short = 'k', value_parser = parse::steps, value_name = "N", help_heading = "Run",
           allow_negative_numbers = true)]
@@ -233,6 +242,7 @@ impl TrainOptions {
             learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log metrics checkpoint
             checkpoint_every backend adapter precision);
         self.quiet |= others.quiet;
+        self.resume |= others.resume;
         self
     }
 
@@ -289,6 +299,7 @@ struct TrainConfig {
     train: Loader,
     val: Option<Loader>,
     notes: Vec<String>,
+    progress: Option<Progress>,
 }
 
 /// Runs the command.
@@ -297,6 +308,9 @@ struct TrainConfig {
 /// Options, files or sizes that do not fit; what the training meets.
 pub fn run(options: TrainOptions) -> Result<()> {
     let options = options.with_file()?;
+    if options.force && !options.resume {
+        return Err(Error::usage("--force lets --resume go on with changed options; give it together with --resume"));
+    }
     let device = DeviceArgs {
         backend: options.backend.unwrap_or(BackendName::Auto),
         adapter: options.adapter.clone(),
@@ -333,7 +347,7 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     let start = start(&mut options, &source)?;
     let (config, name) = (start.config, start.name.clone());
     let seed = *options.seed.get_or_insert(42);
-    let plan = plan(&mut options, &start.defaults, &config, &name)?;
+    let mut plan = plan(&mut options, &start.defaults, &config, &name)?;
     let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
     let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
     let (batch, tokens, vocab) = (plan.batch_size, plan.seq_len, config.vocab_size);
@@ -368,10 +382,18 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
         notes.push("no validation: name validation data with -j".to_string());
     }
     MemoryEstimate::check(backend, &config, plan.batch_size, plan.seq_len)?;
-    let weights = start.weights(seed, &mut notes)?;
+    plan.notes = resume::identity(&options, &config, &train, val.as_ref())?;
+    let resumed = match options.resume {
+        true => resume::find(&plan.checkpoint, &plan.notes, &config, options.force, &mut notes)?,
+        false => None,
+    };
+    let (weights, progress) = match resumed {
+        Some(Resumed { weights, progress }) => (weights, Some(progress)),
+        None => (start.weights(seed, &mut notes)?, None),
+    };
     check_outputs(&options, &plan.checkpoint)?;
     check_writable(&plan.checkpoint)?;
-    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes })
+    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes, progress })
 }
 
 /// What a training starts from: the model's name and sizes, the preset whose defaults apply, and the weights if they come
@@ -458,6 +480,7 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
         checkpoint_every: *options.checkpoint_every.get_or_insert(0),
         checkpoint: checkpoint.clone(),
         seed: options.seed.unwrap_or(42),
+        notes: Default::default(),
     };
     let tokens = plan.batch_size.checked_mul(plan.seq_len).and_then(|rows| rows.checked_mul(plan.grad_accum));
     if tokens.is_none_or(|tokens| tokens > 1 << 31) {
@@ -518,7 +541,11 @@ impl TrainConfig {
     fn train<B: Backend>(mut self, backend: B) -> Result<()> {
         let plan = &self.plan;
         let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
-        let mut reporter = Reporter::new(plan.steps, self.options.quiet, metrics, log)?;
+        let quiet = self.options.quiet;
+        let mut reporter = match &self.progress {
+            None => Reporter::new(plan.steps, quiet, metrics, log)?,
+            Some(progress) => Reporter::resume(plan.steps, quiet, metrics, log, progress.step)?,
+        };
         let auto = matches!(self.options.backend, None | Some(BackendName::Auto)) && self.options.adapter.is_none();
         let why = if auto { " (auto: a GPU is used when asked for, with --backend wgpu)" } else { "" };
         let device = format!("{}, fp32{why}", backend.description());
@@ -532,6 +559,9 @@ impl TrainConfig {
         // From here on the weights live on the device.
         drop(self.weights);
         let mut trainer = Trainer::new(plan, &mut model, self.tokenizer, &mut reporter)?;
+        if let Some(progress) = self.progress.take() {
+            trainer.resume(&mut self.train, progress)?;
+        }
         let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
         if let Some((first, last)) = summary.val_loss {
             reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;

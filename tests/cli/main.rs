@@ -5,4 +5,7 @@ mod common;
 mod mistakes;
 mod mistakes_files;
 mod random;
+mod resume;
+#[path = "../skip/mod.rs"]
+mod skip;
 mod training;
