@@ -41,6 +41,7 @@ pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod output;
+pub mod plot;
 pub mod shapes;
 pub mod tolerance;
 pub mod train;

@@ -10,6 +10,7 @@ mod generate;
 mod info;
 mod init;
 mod parse;
+mod plot;
 mod tokenize;
 mod train;
 
@@ -49,6 +50,7 @@ enum Command {
     Bench(bench::BenchArgs),
     Band(band::BandArgs),
     Info(info::InfoArgs),
+    Plot(plot::PlotArgs),
 }
 
 /// Parses and runs a command line, the program's name first.
@@ -76,6 +78,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Some(Command::Bench(args)) => bench::run(args),
         Some(Command::Band(args)) => band::run(args),
         Some(Command::Info(args)) => info::run(args),
+        Some(Command::Plot(args)) => plot::run(args),
     }
 }
 
