@@ -42,6 +42,7 @@ pub mod model;
 pub mod optim;
 pub mod output;
 pub mod parity;
+pub mod plot;
 pub mod shapes;
 pub mod tolerance;
 pub mod train;

@@ -11,6 +11,7 @@ mod info;
 mod init;
 mod parity;
 mod parse;
+mod plot;
 mod resume;
 mod tokenize;
 mod train;
@@ -52,6 +53,7 @@ enum Command {
     Parity(parity::ParityArgs),
     Band(band::BandArgs),
     Info(info::InfoArgs),
+    Plot(plot::PlotArgs),
 }
 
 /// Parses and runs a command line, the program's name first.
@@ -80,6 +82,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Some(Command::Parity(args)) => parity::run(args),
         Some(Command::Band(args)) => band::run(args),
         Some(Command::Info(args)) => info::run(args),
+        Some(Command::Plot(args)) => plot::run(args),
     }
 }
 
