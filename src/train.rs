@@ -130,12 +130,28 @@ impl<'a, B: Backend> Trainer<'a, B> {
     }
 
     /// Runs the plan, or what is left of it after [`Trainer::resume`]. `interrupt` stops it after the step under way; the
-    /// checkpoint is written then as well.
+    /// checkpoint is written then as well, and also when nobody reads standard output any more.
     ///
     /// # Errors
     /// [`Error::Interrupted`] saying where the checkpoint is; a loss or gradient that is not finite; data, device or
-    /// files that fail.
+    /// files that fail; [`Error::StdoutClosed`].
     pub fn run(
+        &mut self,
+        train: &mut Loader,
+        val: Option<&mut Loader>,
+        interrupt: &AtomicBool,
+    ) -> Result<TrainSummary> {
+        let before = self.optimizer.step();
+        let result = self.run_steps(train, val, interrupt);
+        let done = self.optimizer.step();
+        if matches!(result, Err(Error::StdoutClosed)) && done > before {
+            // A log that broke off is no reason to lose the work; the note about the file has no reader either.
+            self.save(done, train.position())?;
+        }
+        result
+    }
+
+    fn run_steps(
         &mut self,
         train: &mut Loader,
         mut val: Option<&mut Loader>,

@@ -283,6 +283,26 @@ fn interrupting_writes_a_checkpoint_and_says_where() {
     place.ok("generate -e m.safetensors -n 5");
 }
 
+/// `bandtrain | tee log` must not lose the training when tee dies.
+#[cfg(unix)]
+#[test]
+fn a_pipe_closed_during_training_leaves_a_checkpoint() {
+    use std::io::{BufRead, BufReader};
+    use std::process::Stdio;
+    let place = Place::with_model_and_data();
+    let mut child = place.command(ENDLESS).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    while !line.starts_with("step ") {
+        line.clear();
+        assert!(stdout.read_line(&mut line).unwrap() > 0, "the training ended by itself");
+    }
+    drop(stdout);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+    assert!(load(&place.path("m.safetensors")).unwrap().meta.step >= 1);
+}
+
 #[cfg(unix)]
 #[test]
 fn a_closed_pipe_ends_the_program_quietly() {
