@@ -30,6 +30,7 @@ pub mod atomic;
 pub mod backend;
 pub mod band;
 pub mod bench;
+pub(crate) mod cache;
 pub mod checkpoint;
 pub mod cli;
 pub mod config;

@@ -41,7 +41,7 @@ impl MemoryEstimate {
         let parameters = vec![
             row("parameters", Role::Parameters, 1, table.len()),
             row("gradients", Role::Gradients, 1, table.len()),
-            row("moments", Role::Parameters, 2, table.len()),
+            row("moments", Role::Moments, 2, table.len()),
         ];
         let mut activations: Vec<_> = Act::FORWARD
             .into_iter()

@@ -123,8 +123,8 @@ impl<B: Backend> Optimizer<B> {
         let device = model.backend();
         Ok(Self {
             grads: device.alloc(Role::Gradients, "gradients", len)?,
-            m: device.alloc(Role::Parameters, "first moments", len)?,
-            v: device.alloc(Role::Parameters, "second moments", len)?,
+            m: device.alloc(Role::Moments, "first moments", len)?,
+            v: device.alloc(Role::Moments, "second moments", len)?,
             norm: device.alloc(Role::Statistics, "gradient norm", 1)?,
             loss: device.alloc(Role::Statistics, "loss", 1)?,
             plan: device.adamw_plan(&decayed, len)?,

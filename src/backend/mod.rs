@@ -10,23 +10,75 @@
 //! flat gradient buffer, laid out as the parameters are; [`Write`] says whether it is set or added to.
 
 pub mod cpu;
+pub mod cuda;
 pub mod wgpu;
 
 use crate::band::Band;
 use crate::error::Result;
 use crate::shapes::Span;
+use crate::tolerance::UNIT_F32;
 
 /// What a buffer holds; a backend chooses the element type by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// Master weights, moments: fp32 always (a backend may keep a low-precision copy beside the weights).
+    /// Master weights: fp32 always (a backend may keep a low-precision copy beside them).
     Parameters,
+    /// The optimizer's moments: fp32 always.
+    Moments,
     /// Gradients of the parameters.
     Gradients,
     /// Activations and their gradients.
     Activations,
     /// Means, log-sum-exps, losses, norms: fp32 always.
     Statistics,
+}
+
+/// What a backend multiplies and stores; sums, statistics, gradients, moments and master weights are fp32 in each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Arithmetic {
+    /// IEEE single precision.
+    Fp32,
+    /// Single precision in memory; products take their operands as TF32 (10 bits after the point).
+    Tf32,
+    /// Activations, their gradients and a copy of the weights in bfloat16 (7 bits after the point).
+    Bf16,
+}
+
+impl Arithmetic {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Arithmetic::Fp32 => "fp32",
+            Arithmetic::Tf32 => "tf32",
+            Arithmetic::Bf16 => "bf16",
+        }
+    }
+
+    /// Unit round-off of what is multiplied.
+    pub fn operand_unit(self) -> f64 {
+        match self {
+            Arithmetic::Fp32 => UNIT_F32,
+            Arithmetic::Tf32 => 0.5f64.powi(11),
+            Arithmetic::Bf16 => 0.5f64.powi(8),
+        }
+    }
+
+    /// Unit round-off of stored activations.
+    pub fn stored_unit(self) -> f64 {
+        match self {
+            Arithmetic::Fp32 | Arithmetic::Tf32 => UNIT_F32,
+            Arithmetic::Bf16 => 0.5f64.powi(8),
+        }
+    }
+
+    /// The operand that stands for `x`: rounded to nearest, TF32 with ties away from zero, bfloat16 to even.
+    pub fn operand(self, x: f32) -> f32 {
+        match self {
+            Arithmetic::Fp32 => x,
+            Arithmetic::Tf32 => f32::from_bits(x.to_bits().wrapping_add(1 << 12) & !((1 << 13) - 1)),
+            Arithmetic::Bf16 => half::bf16::from_f32(x).to_f32(),
+        }
+    }
 }
 
 /// Whether an operation overwrites a parameter's gradient or adds to it (the second and later micro-steps).
@@ -174,6 +226,11 @@ pub trait Device {
 
     /// The device in words, for the user.
     fn description(&self) -> String;
+
+    /// What it computes in.
+    fn arithmetic(&self) -> Arithmetic {
+        Arithmetic::Fp32
+    }
 
     /// Bytes of memory free for buffers, where the device tells.
     fn free_bytes(&self) -> Option<usize> {

@@ -1,0 +1,442 @@
+// What all kernels share: element types, the instructions behind them, and sums over warps and blocks.
+//
+// The text of this file stands before every kernel's; there are no other includes. The host compiles each kernel with
+//   PRECISION  32: IEEE fp32 in FMAs; 19: fp32 in memory, TF32 tensor cores; 16: bf16 in memory, bf16 tensor cores
+// and with the sizes that the kernel names in its header.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// A bf16 in memory; arithmetic is done in float.
+struct bf16 {
+    u16 bits;
+};
+
+#ifndef SOFTWARE_CUDA  // The tests run kernels on a processor, with their own versions of what stands in this block.
+
+#define SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+
+__device__ __forceinline__ u32 shared_address(const void* shared) {
+    return (u32)__cvta_generic_to_shared(shared);
+}
+
+// Starts to copy 16 bytes from global to shared memory, both aligned to as much; zeros instead when not `valid`.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Closes a group of copies.
+__device__ __forceinline__ void copy_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all but the last `Open` groups of this thread are there (for it; others see them after a barrier).
+template <int Open>
+__device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32 bits: lane l points to row l % 8 (16 bytes) of matrix l / 8. Of
+// matrix i, lane l receives in r[i] the 32 bits at row l / 4, word l % 4.
+__device__ __forceinline__ void load_matrices(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// The same, 16-bit elements only, each matrix transposed: lane l receives elements (2 * (l % 4), l / 4) and the one below.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+
+// c += a b for a 16 x 16, b 16 x 8 of bf16. With g = lane / 4, t = lane % 4: c[0..2] is row g, columns 2t and 2t + 1; c[2..4]
+// the same of row g + 8. a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..), two elements each; b: (2t.., g),
+// (2t + 8.., g).
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c += a b for a 16 x 8, b 8 x 8 of TF32; c as above. a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b: (t, g), (t + 4, g).
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The TF32 nearest to the bits of a float.
+__device__ __forceinline__ u32 to_tf32(u32 bits) {
+    u32 rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(__uint_as_float(bits)));
+    return rounded;
+}
+
+// Two floats as bf16, `low` in the lower half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+// 2^x within 2 ULP.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#endif
+
+// ---- Elements: what activations and the operands of products are made of
+
+#if PRECISION == 16
+typedef bf16 Element;
+#else
+typedef float Element;
+#endif
+
+// Elements of 16 bytes.
+[[maybe_unused]] constexpr int LANES = 16 / sizeof(Element);
+
+__device__ __forceinline__ float to_float(float x) {
+    return x;
+}
+
+__device__ __forceinline__ float to_float(bf16 x) {
+    return __uint_as_float((u32)x.bits << 16);
+}
+
+__device__ __forceinline__ void store_element(float* at, float x) {
+    *at = x;
+}
+
+__device__ __forceinline__ void store_element(bf16* at, float x) {
+    at->bits = (u16)pack_bf16(x, 0.0f);
+}
+
+// N neighbours as floats: one, or whole 16 bytes from an address aligned to as much.
+template <int N, class T>
+__device__ __forceinline__ void load(float (&x)[N], const T* from) {
+    if constexpr (N == 1) {
+        x[0] = to_float(*from);
+    } else {
+        constexpr int each = 16 / sizeof(T);
+        static_assert(N % each == 0, "whole vectors");
+#pragma unroll
+        for (int i = 0; i < N; i += each) {
+            uint4 bits = *reinterpret_cast<const uint4*>(from + i);
+            u32 words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                if constexpr (sizeof(T) == 4) {
+                    x[i + w] = __uint_as_float(words[w]);
+                } else {
+                    x[i + 2 * w] = __uint_as_float(words[w] << 16);
+                    x[i + 2 * w + 1] = __uint_as_float(words[w] & 0xffff0000u);
+                }
+            }
+        }
+    }
+}
+
+// The counterpart of `load`.
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const float (&x)[N]) {
+    if constexpr (N == 1) {
+        store_element(to, x[0]);
+    } else {
+        constexpr int each = 16 / sizeof(T);
+        static_assert(N % each == 0, "whole vectors");
+#pragma unroll
+        for (int i = 0; i < N; i += each) {
+            u32 words[4];
+#pragma unroll
+            for (int w = 0; w < 4; w++) {
+                if constexpr (sizeof(T) == 4) {
+                    words[w] = __float_as_uint(x[i + w]);
+                } else {
+                    words[w] = pack_bf16(x[i + 2 * w], x[i + 2 * w + 1]);
+                }
+            }
+            *reinterpret_cast<uint4*>(to + i) = make_uint4(words[0], words[1], words[2], words[3]);
+        }
+    }
+}
+
+__device__ __forceinline__ int ceil_div(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+// ---- Sums over threads, always in the same order
+
+// The sum over the warp, for every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+    return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lanes));
+    return x;
+}
+
+// The sum over a block of `Threads` (a power of two, at least 32), for every thread.
+template <int Threads>
+__device__ __forceinline__ float block_sum(float x) {
+    x = warp_sum(x);
+    if constexpr (Threads > 32) {
+        __shared__ float parts[32];
+        __syncthreads();  // what an earlier sum left there has been read
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < Threads / 32; warp++) x += parts[warp];
+    }
+    return x;
+}
+
+template <int Threads>
+__device__ __forceinline__ float block_max(float x) {
+    x = warp_max(x);
+    if constexpr (Threads > 32) {
+        __shared__ float peaks[32];
+        __syncthreads();
+        if (threadIdx.x % 32 == 0) peaks[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = peaks[0];
+#pragma unroll
+        for (int warp = 1; warp < Threads / 32; warp++) x = fmaxf(x, peaks[warp]);
+    }
+    return x;
+}
+
+// ---- GELU in its tanh form (Hendrycks & Gimpel 2016), u = sqrt(2/pi) (x + 0.044715 x^3)
+
+// tanh without overflow: with t = exp(-2 |x|), sign(x) (1 - t) / (1 + t).
+__device__ __forceinline__ float safe_tanh(float x) {
+    float t = exp2_fast(-2.8853900817779268f * fabsf(x));
+    return copysignf(__fdividef(1.0f - t, 1.0f + t), x);
+}
+
+__device__ __forceinline__ float gelu(float x) {
+    float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (1.0f + safe_tanh(u));
+}
+
+__device__ __forceinline__ float gelu_derivative(float x) {
+    float t = safe_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x));
+    float du = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
+    return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
+}
+
+// ---- Products of tiles in shared memory
+//
+// A tile has rows of 128 bytes; a wider one consists of several such segments, one after the other. In each row the eight
+// 16-byte chunks are permuted by the row's number, so that eight rows at one column, and four rows at eight columns, lie in
+// different banks. An operand lies along the depth (its rows are the result's rows or columns) or across it (its rows are
+// steps of the depth). A warp holds MT x NT tiles of 16 x 8 results as `mma_bf16` describes them, in every precision.
+
+// Elements of a tile's row of 128 bytes, and of the depth that one step of `multiply` takes.
+[[maybe_unused]] constexpr int SEGMENT = 128 / sizeof(Element);
+[[maybe_unused]] constexpr int KSTEP = PRECISION == 16 ? 16 : 8;
+
+// Steps of the depth that a loop over `multiply` is unrolled by: the fewer instructions a step has, the more.
+[[maybe_unused]] constexpr int UNROLL = PRECISION == 16 ? 8 : PRECISION == 19 ? 2 : 1;
+
+template <int Rows>
+struct Tile {
+    char* base;
+
+    // Bytes of a tile of `cols` columns.
+    static constexpr int bytes(int cols) {
+        return (cols + SEGMENT - 1) / SEGMENT * Rows * 128;
+    }
+
+    // The chunk that holds column `col` of a row.
+    __device__ __forceinline__ char* at(int row, int col) const {
+        int chunk = (col % SEGMENT) / LANES;
+        int place = chunk ^ (((row & 3) << 1) | ((row >> 2) & 1));
+        return base + ((col / SEGMENT) * Rows + row) * 128 + place * 16;
+    }
+
+    __device__ __forceinline__ Element& element(int row, int col) const {
+        return reinterpret_cast<Element*>(at(row, col))[col % LANES];
+    }
+};
+
+// An operand from row `first` of a tile that lies along the depth.
+template <int Rows>
+struct Along {
+    Tile<Rows> tile;
+    int first;
+};
+
+// An operand from column `first` of a tile that lies across the depth.
+template <int Rows>
+struct Across {
+    Tile<Rows> tile;
+    int first;
+};
+
+// Starts to copy `Rows` x `Cols` elements of a row-major matrix to a tile; zeros beyond `rows` and `cols`. With ALIGNED,
+// matrix, stride and cols are multiples of LANES elements.
+template <int Cols, int Threads, int Rows>
+__device__ __forceinline__ void stage(const Tile<Rows>& tile, const Element* matrix, long long stride, int rows, int cols) {
+    constexpr int chunks = Cols / LANES;
+#pragma unroll ALIGNED ? 8 : 1
+    for (int i = threadIdx.x; i < Rows * chunks; i += Threads) {
+        int row = i / chunks, col = i % chunks * LANES;
+#if ALIGNED
+        bool valid = row < rows && col < cols;
+        copy_async(tile.at(row, col), valid ? matrix + row * stride + col : matrix, valid);
+#else
+        Element* to = reinterpret_cast<Element*>(tile.at(row, col));
+        for (int lane = 0; lane < LANES; lane++) {
+            bool valid = row < rows && col + lane < cols;
+            store_element(to + lane, valid ? to_float(matrix[row * stride + col + lane]) : 0.0f);
+        }
+#endif
+    }
+}
+
+#if PRECISION == 32
+
+// Of the KSTEP multiplications of a step, how many are unrolled; a kernel that is short of registers is given 1.
+#ifndef STEP_UNROLL
+#define STEP_UNROLL 2
+#endif
+
+template <int Rows>
+__device__ __forceinline__ float value(const Along<Rows>& operand, int index, int k) {
+    return operand.tile.element(operand.first + index, k);
+}
+
+template <int Rows>
+__device__ __forceinline__ float value(const Across<Rows>& operand, int index, int k) {
+    return operand.tile.element(k, operand.first + index);
+}
+
+// acc += left right over KSTEP of the depth from k, for the tiles [begin, end) of the NT across (multiples of 2).
+template <int MT, int NT, class Left, class Right>
+__device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const Left& left, const Right& right, int k, int begin = 0,
+                                         int end = NT) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll STEP_UNROLL
+    for (int step = 0; step < KSTEP; step++) {
+        float a[MT][2];
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            a[i][0] = value(left, 16 * i + g, k + step);
+            a[i][1] = value(left, 16 * i + g + 8, k + step);
+        }
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            if (j < begin || j >= end) continue;
+            float b0 = value(right, 8 * j + 2 * t, k + step), b1 = value(right, 8 * j + 2 * t + 1, k + step);
+#pragma unroll
+            for (int i = 0; i < MT; i++) {
+                acc[i][j][0] = fmaf(a[i][0], b0, acc[i][j][0]);
+                acc[i][j][1] = fmaf(a[i][0], b1, acc[i][j][1]);
+                acc[i][j][2] = fmaf(a[i][1], b0, acc[i][j][2]);
+                acc[i][j][3] = fmaf(a[i][1], b1, acc[i][j][3]);
+            }
+        }
+    }
+}
+
+#else
+
+// The 16 rows of a left operand from 16 i, or the 16 columns of a right one (two tiles) from 16 j, over one step from k.
+template <int Rows>
+__device__ __forceinline__ void load_left(u32 (&r)[4], const Along<Rows>& operand, int i, int k) {
+    int lane = threadIdx.x % 32;
+    load_matrices(r, operand.tile.at(operand.first + 16 * i + lane % 16, k + lane / 16 * LANES));
+}
+
+template <int Rows>
+__device__ __forceinline__ void load_right(u32 (&r)[4], const Along<Rows>& operand, int j, int k) {
+    int lane = threadIdx.x % 32;
+    load_matrices(r, operand.tile.at(operand.first + 16 * j + lane % 8 + lane / 16 * 8, k + lane / 8 % 2 * LANES));
+}
+
+template <int Rows>
+__device__ __forceinline__ void load_left(u32 (&r)[4], const Across<Rows>& operand, int i, int k) {
+    int lane = threadIdx.x % 32;
+#if PRECISION == 16
+    load_matrices_transposed(r, operand.tile.at(k + lane % 8 + lane / 16 * 8, operand.first + 16 * i + lane / 8 % 2 * 8));
+#else
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        r[e] = __float_as_uint(operand.tile.element(k + lane % 4 + e / 2 * 4, operand.first + 16 * i + lane / 4 + e % 2 * 8));
+    }
+#endif
+}
+
+template <int Rows>
+__device__ __forceinline__ void load_right(u32 (&r)[4], const Across<Rows>& operand, int j, int k) {
+    int lane = threadIdx.x % 32;
+#if PRECISION == 16
+    load_matrices_transposed(r, operand.tile.at(k + lane % 16, operand.first + 16 * j + lane / 16 * 8));
+#else
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        r[e] = __float_as_uint(operand.tile.element(k + lane % 4 + e % 2 * 4, operand.first + 16 * j + lane / 4 + e / 2 * 8));
+    }
+#endif
+}
+
+// Brings operands from memory to what the tensor cores take.
+__device__ __forceinline__ void round_operand(u32 (&r)[4]) {
+#if PRECISION == 19
+#pragma unroll
+    for (int e = 0; e < 4; e++) r[e] = to_tf32(r[e]);
+#endif
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+#if PRECISION == 16
+    mma_bf16(c, a, b0, b1);
+#else
+    mma_tf32(c, a, b0, b1);
+#endif
+}
+
+// acc += left right over KSTEP of the depth from k, for the tiles [begin, end) of the NT across (multiples of 2).
+template <int MT, int NT, class Left, class Right>
+__device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const Left& left, const Right& right, int k, int begin = 0,
+                                         int end = NT) {
+    u32 a[MT][4];
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+        load_left(a[i], left, i, k);
+        round_operand(a[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < NT; j += 2) {
+        if (j < begin || j >= end) continue;
+        u32 b[4];
+        load_right(b, right, j / 2, k);
+        round_operand(b);
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            mma(acc[i][j], a[i], b[0], b[1]);
+            mma(acc[i][j + 1], a[i], b[2], b[3]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,51 @@
+// Sums over rows and over parts: the gradients of biases, and the end of every sum that was shared out.
+//
+//   column_sums  per part of the rows: sums of a matrix's columns
+//   add_parts    out[c] (+)= sum over parts of parts[part * stride + c]
+//
+// Shapes: matrix [M, columns]; parts [parts][stride]; out [columns]. ALIGNED: columns is a multiple of LANES.
+// Dtypes: matrix Element; parts and out float.
+// Grid: column_sums (ceil(columns / (32 * WIDTH)), parts), 256 threads: 32 groups of columns by 8 interleaved rows;
+//   add_parts one thread per column.
+// Determinism: each thread's rows are fixed, their sums are added in order.
+// Caller: src/backend/cuda/reduce.rs, for linear, band and layernorm.
+
+[[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
+constexpr int ROW_LANES = 8;
+
+extern "C" __global__ void __launch_bounds__(256)
+    column_sums(float* parts, const Element* matrix, int rows, int columns, int part_rows) {
+    __shared__ float shares[ROW_LANES][32 * WIDTH + 1];
+    int lane = threadIdx.x % 32, row_lane = threadIdx.x / 32;
+    int column = (blockIdx.x * 32 + lane) * WIDTH;
+    int end = min(rows, (int)(blockIdx.y + 1) * part_rows);
+    float sums[WIDTH] = {};
+    if (column < columns) {
+#pragma unroll 4
+        for (int row = blockIdx.y * part_rows + row_lane; row < end; row += ROW_LANES) {
+            float x[WIDTH];
+            load(x, matrix + (long long)row * columns + column);
+#pragma unroll
+            for (int i = 0; i < WIDTH; i++) sums[i] += x[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < WIDTH; i++) shares[row_lane][lane * WIDTH + i] = sums[i];
+    __syncthreads();
+    int first = blockIdx.x * 32 * WIDTH;
+    for (int c = threadIdx.x; c < 32 * WIDTH && first + c < columns; c += 256) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int share = 0; share < ROW_LANES; share++) sum += shares[share][c];
+        parts[(long long)blockIdx.y * columns + first + c] = sum;
+    }
+}
+
+extern "C" __global__ void add_parts(float* out, const float* parts, int columns, int stride, int count, int add) {
+    int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= columns) return;
+    float sum = add ? out[column] : 0.0f;
+#pragma unroll 8
+    for (int part = 0; part < count; part++) sum += parts[(long long)part * stride + column];
+    out[column] = sum;
+}

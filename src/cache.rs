@@ -1,0 +1,56 @@
+//! Where compiled kernels are kept between runs: files that any run may write, read and delete, each with its own checksum,
+//! so that a damaged or foreign one counts as absent.
+
+use crate::atomic::AtomicFile;
+use sha2::{Digest, Sha256};
+use std::path::PathBuf;
+
+/// Bytes of the checksum that a cached file begins with.
+const DIGEST: usize = 32;
+
+/// The folder: `BANDTRAIN_CACHE`, else the user's cache folder; `None` when the environment names neither.
+fn folder() -> Option<PathBuf> {
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(folder) = variable("BANDTRAIN_CACHE") {
+        return Some(folder);
+    }
+    let base = if cfg!(windows) {
+        variable("LOCALAPPDATA")
+    } else if cfg!(target_os = "macos") {
+        variable("HOME").map(|home| home.join("Library/Caches"))
+    } else {
+        variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")))
+    };
+    base.map(|base| base.join("bandtrain"))
+}
+
+/// The name of what `parts` decide.
+pub fn key(parts: &[&[u8]]) -> String {
+    let mut digest = Sha256::new();
+    for part in parts {
+        digest.update((part.len() as u64).to_le_bytes());
+        digest.update(part);
+    }
+    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What was kept under this name, if it is there and whole.
+pub fn read(name: &str) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(folder()?.join(name)).ok()?;
+    let contents = bytes.get(DIGEST..)?;
+    let whole = Sha256::digest(contents).as_slice() == &bytes[..DIGEST];
+    whole.then(|| bytes.split_off(DIGEST))
+}
+
+/// Keeps `contents` under this name. Whether that works is of no consequence: without a cache, work is done again.
+pub fn write(name: &str, contents: &[u8]) {
+    let Some(folder) = folder() else { return };
+    let keep = || {
+        std::fs::create_dir_all(&folder).map_err(crate::Error::io("create", &folder))?;
+        let mut file = AtomicFile::create(&folder.join(name))?;
+        file.append(Sha256::digest(contents).as_slice())?;
+        file.append(contents)?;
+        file.seal()?.publish()
+    };
+    let _: crate::Result<()> = keep();
+}
