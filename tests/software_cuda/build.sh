@@ -22,9 +22,10 @@ cuda=$!
 build libnvrtc.so.13 nvrtc.cpp &
 nvrtc=$!
 wait $cuda
+build libcublasLt.so.13 cublaslt.cpp "-L$out" -l:libcuda.so.1 '-Wl,-rpath,$ORIGIN'
 wait $nvrtc
 
 # Under LD_LIBRARY_PATH, these must be found before the links of a real installation.
-for library in libcuda.so.1 libnvrtc.so.13; do
+for library in libcuda.so.1 libnvrtc.so.13 libcublasLt.so.13; do
     ln -sf "$library" "$out/${library%.*}"
 done
