@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds the software CUDA into the folder OUTDIR. Prints nothing when all is well.
+# Builds the software CUDA and its self-test into the folder OUTDIR. Prints nothing when all is well.
 set -eu
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
@@ -21,9 +21,13 @@ build libcuda.so.1 -ftls-model=initial-exec runtime.cpp driver.cpp -ldl &
 cuda=$!
 build libnvrtc.so.13 nvrtc.cpp &
 nvrtc=$!
+# shellcheck disable=SC2086
+g++ $flags -DCOMMON_TEXT="\"$PWD/../../kernels/common.cuh\"" -o "$out/selftest" selftest.cpp -ldl &
+selftest=$!
 wait $cuda
 build libcublasLt.so.13 cublaslt.cpp "-L$out" -l:libcuda.so.1 '-Wl,-rpath,$ORIGIN'
 wait $nvrtc
+wait $selftest
 
 # Under LD_LIBRARY_PATH, these must be found before the links of a real installation.
 for library in libcuda.so.1 libnvrtc.so.13 libcublasLt.so.13; do
