@@ -1,0 +1,97 @@
+// What a compiled kernel and the runtime in libcuda share. Kernels are compiled with this text in front, without any other
+// header, so that it must not include one; a module compiled with another version of it is refused (DEVICE_VERSION).
+#pragma once
+
+namespace software_cuda {
+
+struct Index {
+    unsigned x, y, z;
+};
+
+// A block; `shared` is its dynamic shared memory, `statics` the static shared memory of all kernels of its module.
+struct Block {
+    Index index, size, grid;
+    char *shared, *statics;
+    unsigned shared_bytes, static_bytes;
+};
+
+// 16 bytes on their way to shared memory; zeros when `from` is null.
+struct Copy {
+    char* to;
+    const char* from;
+    unsigned group;
+};
+
+// A device thread: a fiber on its block's operating system thread. Its size is an odd number of cache lines, lest the lanes of
+// a warp all fall into the same cache sets.
+struct alignas(64) Thread {
+    void* stack;  // where to go on; valid while another thread runs
+    Block* block;
+    struct Warp* warp;
+    Index index;
+    unsigned lane;
+    unsigned barrier;  // the source line of the __syncthreads that it waits at
+    unsigned group;    // number of the copies' group not yet closed
+    unsigned first_copy, end_copy;
+    static constexpr unsigned COPIES = 256;
+    Copy copies[COPIES];  // a ring
+};
+static_assert(sizeof(Thread) / 64 % 2 == 1, "an odd number of cache lines");
+
+// What lanes of a warp do together: the last one to come computes for all, from one record each.
+struct Operation {
+    const char* name;
+    void (*compute)(void* const* records, unsigned lanes);
+};
+
+struct Shuffle {
+    unsigned long long value, result;
+    unsigned source;
+};
+
+struct Vote {
+    bool value;
+    unsigned result;
+};
+
+struct Matrices {
+    const void* row;
+    unsigned* result;  // 4
+};
+
+struct Product {
+    float* c;           // 4
+    const unsigned* a;  // 4
+    unsigned b[2];
+};
+
+// A kernel as its module exports it, under its name and "__kernel".
+struct Kernel {
+    void (*call)(void (*function)(), void** arguments);
+    void (*function)();
+    unsigned max_threads, count, sizes[64];
+};
+
+}  // namespace software_cuda
+
+extern "C" {
+
+// The running device thread. The initial-exec model makes it one instruction to read, from any module.
+extern __thread software_cuda::Thread* software_cuda_thread __attribute__((tls_model("initial-exec")));
+
+// Waits for the live lanes in `mask` to come to the same operation.
+void software_cuda_meet(unsigned mask, const software_cuda::Operation* operation, void* record);
+extern const software_cuda::Operation software_cuda_shuffle, software_cuda_vote, software_cuda_syncwarp, software_cuda_load,
+    software_cuda_load_transposed, software_cuda_mma_bf16, software_cuda_mma_tf32;
+
+void software_cuda_barrier(unsigned line);
+void software_cuda_copy(void* shared, const void* global, bool valid);
+void software_cuda_copy_wait(unsigned open);
+
+// The place of `bytes` bytes in the block's shared memory; ends the program when they are not there or not aligned.
+unsigned software_cuda_shared(const void* address, unsigned bytes, unsigned alignment);
+
+// Ends the program with a message that says which device thread runs.
+[[noreturn]] void software_cuda_fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}

@@ -1,0 +1,593 @@
+// Runs kernels: blocks on the cores of the machine, a block's threads as fibers of one operating system thread.
+
+#include "runtime.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+using namespace software_cuda;
+
+constexpr unsigned MAX_THREADS = 1024, WARP = 32, FULL = ~0u;
+constexpr size_t PAGE = 4096;
+// A page behind a power of two, so that the stacks of a warp do not all fall into the same cache sets. The first is a guard.
+constexpr size_t STACK = 64 * 1024 + PAGE;
+constexpr size_t SHARED = 100 * 1024;
+
+struct software_cuda::Warp {
+    // Sets of lanes: not returned; able to run; waiting for others with an operation; waiting at a barrier of the block.
+    unsigned live, runnable, waiting, at_barrier;
+    unsigned rotation;  // which lane runs first
+    Thread* threads;
+    const Operation* operations[WARP];
+    void* records[WARP];
+    unsigned masks[WARP];
+};
+
+// What an operating system thread needs to run blocks.
+struct Worker {
+    void* stack;  // where the scheduler goes on; valid while a fiber runs
+    Thread* threads;
+    char *stacks, *shared_end;
+    size_t guarded_stacks = 0;
+    Block block;
+    const Launch* launch = nullptr;
+    Warp warps[MAX_THREADS / WARP];
+    Worker();
+};
+
+static bool shuffled;
+static uint64_t seed;
+static __thread Worker* worker;
+__thread const char* activity;
+__attribute__((visibility("default"))) __thread Thread* software_cuda_thread;
+
+// ---- Messages and faults
+
+static void write_place(char* text, size_t size) {
+    const Thread* thread = software_cuda_thread;
+    if (!worker || !worker->launch) {
+        snprintf(text, size, "%s", activity ? activity : "outside of a kernel");
+        return;
+    }
+    Index b = worker->block.index;
+    int length = snprintf(text, size, "kernel %s, block (%u, %u, %u)", worker->launch->name.c_str(), b.x, b.y, b.z);
+    if (thread)
+        snprintf(text + length, size - length, ", thread (%u, %u, %u)", thread->index.x, thread->index.y, thread->index.z);
+}
+
+[[noreturn]] static void die(const char* message) {
+    char place[256], text[2048];
+    write_place(place, sizeof place);
+    int length = snprintf(text, sizeof text, "software CUDA: %s: %s\n", place, message);
+    if (write(2, text, std::min<size_t>(length, sizeof text - 1)) < 0) _exit(1);
+    abort();
+}
+
+EXPORT void software_cuda_fail(const char* format, ...) {
+    char message[1536];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    die(message);
+}
+
+static struct sigaction earlier_segv, earlier_bus;
+
+static void on_fault(int signal, siginfo_t* info, void* context) {
+    auto address = reinterpret_cast<uintptr_t>(info->si_addr);
+    if (!activity) {  // not ours
+        struct sigaction& earlier = signal == SIGSEGV ? earlier_segv : earlier_bus;
+        if (earlier.sa_flags & SA_SIGINFO) return earlier.sa_sigaction(signal, info, context);
+        sigaction(signal, &earlier, nullptr);  // and the fault comes again
+        return;
+    }
+    char text[512];
+    auto stacks = worker ? reinterpret_cast<uintptr_t>(worker->stacks) : 0;
+    auto shared_end = worker ? reinterpret_cast<uintptr_t>(worker->shared_end) : 0;
+    if (info->si_code == SI_KERNEL)
+        snprintf(text, sizeof text, "a misaligned vector or an address beyond all memory was accessed");
+    else if (address - stacks < MAX_THREADS * STACK)
+        snprintf(text, sizeof text, "the stack of %zu KiB overflows", (STACK - PAGE) / 1024);
+    else if (address - shared_end < PAGE)
+        snprintf(text, sizeof text, "%zu bytes behind the end of dynamic shared memory were accessed", address - shared_end);
+    else
+        describe_address(address, text, sizeof text);
+    die(text);
+}
+
+// What the compiler's checks call (-fsanitize); all begin with the place in the source.
+struct SourcePlace {
+    const char* file;
+    unsigned line, column;
+};
+#define ON_UNDEFINED(name, what)                                                                          \
+    EXPORT void __ubsan_handle_##name##_abort(const SourcePlace* place, uintptr_t value) {                \
+        software_cuda_fail("%s (%#lx), %s:%u", what, (unsigned long)value, place->file, place->line);     \
+    }
+ON_UNDEFINED(type_mismatch_v1, "misaligned address")
+ON_UNDEFINED(out_of_bounds, "index outside of an array")
+ON_UNDEFINED(shift_out_of_bounds, "shift by too much")
+ON_UNDEFINED(divrem_overflow, "division by zero or overflow")
+
+// ---- Fibers
+
+// Goes on where `to` stopped, and keeps this place in *from.
+extern "C" void software_cuda_switch(void** from, void* to);
+asm(R"(
+.pushsection .text
+.globl software_cuda_switch
+.hidden software_cuda_switch
+.type software_cuda_switch, @function
+software_cuda_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    popq %rdx
+    jmpq *%rdx
+.size software_cuda_switch, . - software_cuda_switch
+.popsection
+)");
+
+// Lets another lane of the warp run, or the scheduler when none can; returns when this one is runnable again.
+static void leave(Thread& self) {
+    const Warp& warp = *self.warp;
+    Thread* next = nullptr;
+    if (warp.runnable) {
+        unsigned r = warp.rotation;
+        unsigned rotated = warp.runnable >> r | warp.runnable << (-r & 31);
+        next = &warp.threads[(__builtin_ctz(rotated) + r) & 31];
+    }
+    software_cuda_thread = next;
+    software_cuda_switch(&self.stack, next ? next->stack : worker->stack);
+}
+
+// Computes the operation that `lane` waits with, if all others are there.
+static bool finish_operation(Warp& warp, unsigned lane) {
+    unsigned lanes = warp.masks[lane] & warp.live;
+    if (lanes & ~warp.waiting) return false;
+    for (unsigned rest = lanes; rest; rest &= rest - 1) {
+        unsigned other = __builtin_ctz(rest);
+        if (warp.operations[other] != warp.operations[lane] || warp.masks[other] != warp.masks[lane]) return false;
+    }
+    if (auto compute = warp.operations[lane]->compute) compute(warp.records, lanes);
+    warp.waiting &= ~lanes;
+    warp.runnable |= lanes;
+    return true;
+}
+
+EXPORT void software_cuda_meet(unsigned mask, const Operation* operation, void* record) {
+    Thread& self = *software_cuda_thread;
+    Warp& warp = *self.warp;
+    unsigned bit = 1u << self.lane;
+    if (!(mask & bit)) software_cuda_fail("%s for lanes %08x by lane %u", operation->name, mask, self.lane);
+    if (unsigned others = warp.waiting & mask) {  // comparing with one that waits for this lane is enough to see most mistakes
+        unsigned other = __builtin_ctz(others);
+        if (warp.masks[other] & bit && (warp.operations[other] != operation || warp.masks[other] != mask))
+            software_cuda_fail("%s for lanes %08x, but lane %u waits in %s for lanes %08x", operation->name, mask, other,
+                               warp.operations[other]->name, warp.masks[other]);
+    }
+    warp.operations[self.lane] = operation;
+    warp.records[self.lane] = record;
+    warp.masks[self.lane] = mask;
+    warp.waiting |= bit;
+    if (finish_operation(warp, self.lane)) return;
+    warp.runnable &= ~bit;
+    leave(self);
+}
+
+EXPORT void software_cuda_barrier(unsigned line) {
+    Thread& self = *software_cuda_thread;
+    self.barrier = line;
+    self.warp->at_barrier |= 1u << self.lane;
+    self.warp->runnable &= ~(1u << self.lane);
+    leave(self);
+}
+
+// Where a fiber begins.
+static void run_thread() {
+    Thread& self = *software_cuda_thread;
+    const Launch& launch = *worker->launch;
+    launch.kernel->call(launch.kernel->function, launch.arguments);
+    Warp& warp = *self.warp;
+    warp.live &= ~(1u << self.lane);
+    warp.runnable &= warp.live;
+    for (unsigned lanes = warp.waiting; lanes; lanes &= lanes - 1) {  // who waited only for this one
+        unsigned lane = __builtin_ctz(lanes);
+        if (warp.waiting >> lane & 1) finish_operation(warp, lane);
+    }
+    leave(self);
+    __builtin_unreachable();
+}
+
+static void* map_memory(size_t size) {
+    void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) die("no memory for device threads");
+    return memory;
+}
+
+Worker::Worker() {
+    threads = static_cast<Thread*>(map_memory(MAX_THREADS * sizeof(Thread)));
+    stacks = static_cast<char*>(map_memory(MAX_THREADS * STACK));
+    shared_end = static_cast<char*>(map_memory(SHARED + PAGE)) + SHARED;
+    mprotect(shared_end, PAGE, PROT_NONE);
+}
+
+// ---- Blocks
+
+static uint64_t hash(uint64_t x) {
+    x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
+    x = (x ^ x >> 32) * 0xd6e8feb86659fd93;
+    return x ^ x >> 32;
+}
+
+static void prepare_block(Worker& w, const Launch& launch, size_t number) {
+    const Index& size = launch.block;
+    unsigned count = size.x * size.y * size.z;
+    for (; w.guarded_stacks < count; ++w.guarded_stacks) mprotect(w.stacks + w.guarded_stacks * STACK, PAGE, PROT_NONE);
+    w.launch = &launch;
+    Block& block = w.block;
+    block.size = size;
+    block.grid = launch.grid;
+    block.index = {unsigned(number % launch.grid.x), unsigned(number / launch.grid.x % launch.grid.y),
+                   unsigned(number / launch.grid.x / launch.grid.y)};
+    // The end of dynamic shared memory is at the guard page, as far as its alignment allows.
+    block.shared = w.shared_end - (launch.shared_bytes + 127) / 128 * 128;
+    block.shared_bytes = launch.shared_bytes;
+    block.statics = launch.statics() - launch.statics_offset;
+    block.static_bytes = launch.static_bytes;
+    memset(block.shared, 0xff, w.shared_end - block.shared);
+    memset(block.statics, 0xff, block.static_bytes);
+
+    Index index{0, 0, 0};
+    for (unsigned i = 0; i < count; ++i) {
+        Thread& thread = w.threads[i];
+        // The offset spreads the tops over cache sets. A called function finds its stack 8 bytes off a multiple of 16.
+        auto top = reinterpret_cast<void**>(w.stacks + (i + 1) * STACK - i % 8 * 512);
+        top[-1] = nullptr;
+        top[-2] = reinterpret_cast<void*>(&run_thread);
+        thread.stack = top - 8;
+        thread.block = &block;
+        thread.warp = &w.warps[i / WARP];
+        thread.index = index;
+        thread.lane = i % WARP;
+        thread.group = thread.first_copy = thread.end_copy = 0;
+        if (++index.x == size.x) {
+            index.x = 0;
+            if (++index.y == size.y) index.y = 0, ++index.z;
+        }
+    }
+    for (unsigned i = 0; i < count; i += WARP) {
+        Warp& warp = w.warps[i / WARP];
+        warp.live = warp.runnable = FULL >> (WARP - std::min(WARP, count - i));
+        warp.waiting = warp.at_barrier = warp.rotation = 0;
+        warp.threads = &w.threads[i];
+    }
+}
+
+[[noreturn]] static void report_divergence(const Worker& w, unsigned warps, const char* what) {
+    std::string text = what;
+    for (unsigned i = 0, printed = 0; i < warps && printed < 8; ++i) {
+        const Warp& warp = w.warps[i];
+        for (unsigned lanes = warp.live; lanes;) {  // lanes that wait for the same, together
+            unsigned first = __builtin_ctz(lanes), same = 0;
+            auto waits_for = [&](unsigned lane) {
+                char place[128];
+                if (warp.at_barrier >> lane & 1)
+                    snprintf(place, sizeof place, "at the __syncthreads of line %u", warp.threads[lane].barrier);
+                else
+                    snprintf(place, sizeof place, "in %s for lanes %08x", warp.operations[lane]->name, warp.masks[lane]);
+                return std::string(place);
+            };
+            for (unsigned l = first; l < WARP; ++l)
+                if (lanes >> l & 1 && waits_for(l) == waits_for(first)) same |= 1u << l;
+            lanes &= ~same;
+            char part[200];
+            snprintf(part, sizeof part, "\n  warp %u: lanes %08x %s", i, same, waits_for(first).c_str());
+            text += part, ++printed;
+        }
+        if (warp.live == 0) text += "\n  warp " + std::to_string(i) + " has returned", ++printed;
+    }
+    die(text.c_str());
+}
+
+// Lets all go on who wait at the barrier, after all live threads came there.
+static void release_barrier(Worker& w, unsigned warps) {
+    unsigned line = 0;
+    for (unsigned i = 0; i < warps; ++i) {
+        const Warp& warp = w.warps[i];
+        if (warp.at_barrier != warp.live) report_divergence(w, warps, "threads wait for each other:");
+        for (unsigned lanes = warp.live; lanes; lanes &= lanes - 1) {
+            unsigned there = warp.threads[__builtin_ctz(lanes)].barrier;
+            if (line && line != there) report_divergence(w, warps, "threads wait at different barriers:");
+            line = there;
+        }
+    }
+    for (unsigned i = 0; i < warps; ++i) {
+        w.warps[i].runnable = w.warps[i].live;
+        w.warps[i].at_barrier = 0;
+    }
+}
+
+static void run_block(const Launch& launch, size_t number) {
+    if (!worker) worker = new Worker;
+    Worker& w = *worker;
+    prepare_block(w, launch, number);
+    unsigned warps = (launch.block.x * launch.block.y * launch.block.z + WARP - 1) / WARP;
+    uint64_t random = hash(seed + number);
+    unsigned order[MAX_THREADS / WARP];
+    for (unsigned i = 0; i < warps; ++i) order[i] = i;
+    for (;;) {
+        if (shuffled)
+            for (unsigned i = 0; i < warps; ++i) {
+                random = hash(random + 1);
+                std::swap(order[i], order[i + random % (warps - i)]);
+                w.warps[i].rotation = random >> 32 & 31;
+            }
+        bool live = false;
+        for (unsigned i = 0; i < warps; ++i) {
+            Warp& warp = w.warps[order[i]];
+            while (warp.runnable) {  // once, until all its lanes wait or have returned
+                unsigned r = warp.rotation;
+                unsigned rotated = warp.runnable >> r | warp.runnable << (-r & 31);
+                software_cuda_thread = &warp.threads[(__builtin_ctz(rotated) + r) & 31];
+                software_cuda_switch(&w.stack, software_cuda_thread->stack);
+            }
+            live |= warp.live != 0;
+        }
+        if (!live) break;
+        release_barrier(w, warps);
+    }
+    w.launch = nullptr;
+}
+
+void run_kernel(const Launch& launch) {
+    size_t count = size_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    std::vector<size_t> order;
+    if (shuffled) {
+        order.resize(count);
+        for (size_t i = 0; i < count; ++i) order[i] = i;
+        std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+    }
+    software_cuda_parallel(launch.name.c_str(), count, [&](size_t i) { run_block(launch, shuffled ? order[i] : i); });
+}
+
+// ---- Shared memory and copies to it
+
+EXPORT unsigned software_cuda_shared(const void* address, unsigned bytes, unsigned alignment) {
+    const Block& block = *software_cuda_thread->block;
+    auto p = static_cast<const char*>(address);
+    if (reinterpret_cast<uintptr_t>(p) & (alignment - 1))
+        software_cuda_fail("%u bytes of shared memory at %p, not aligned to %u", bytes, address, alignment);
+    if (p >= block.shared && p + bytes <= block.shared + block.shared_bytes) return unsigned(p - block.shared);
+    if (p >= block.statics && p + bytes <= block.statics + block.static_bytes) return 1u << 24 | unsigned(p - block.statics);
+    software_cuda_fail("%u bytes at %p, which is %td bytes behind the start of the %u bytes of dynamic shared memory", bytes,
+                       address, p - block.shared, block.shared_bytes);
+}
+
+EXPORT void software_cuda_copy(void* shared, const void* global, bool valid) {
+    Thread& self = *software_cuda_thread;
+    software_cuda_shared(shared, 16, 16);
+    if (reinterpret_cast<uintptr_t>(global) % 16) software_cuda_fail("copy_async from %p, not aligned to 16", global);
+    if (self.end_copy - self.first_copy == Thread::COPIES)
+        software_cuda_fail("more than %u copies on their way", Thread::COPIES);
+    self.copies[self.end_copy++ % Thread::COPIES] = {static_cast<char*>(shared),
+                                                     valid ? static_cast<const char*>(global) : nullptr, self.group};
+    // The copy may begin at once: who still reads what was here must see that it is too late.
+    memset(shared, 0xff, 16);
+}
+
+EXPORT void software_cuda_copy_wait(unsigned open) {
+    Thread& self = *software_cuda_thread;
+    while (self.first_copy != self.end_copy) {
+        const Copy& copy = self.copies[self.first_copy % Thread::COPIES];
+        if (copy.group + open >= self.group) break;
+        if (copy.from)
+            memcpy(copy.to, copy.from, 16);
+        else
+            memset(copy.to, 0, 16);
+        ++self.first_copy;
+    }
+}
+
+// ---- Operations of a warp
+
+static void whole_warp(unsigned lanes, const char* name) {
+    if (lanes != FULL) software_cuda_fail("%s by lanes %08x only", name, lanes);
+}
+
+// A lane that is not there gives only ones, a NaN.
+static void shuffle(void* const* records, unsigned lanes) {
+    for (unsigned rest = lanes; rest; rest &= rest - 1) {
+        auto& record = *static_cast<Shuffle*>(records[__builtin_ctz(rest)]);
+        bool there = record.source < WARP && lanes >> record.source & 1;
+        record.result = there ? static_cast<const Shuffle*>(records[record.source])->value : ~0ull;
+    }
+}
+
+static void vote(void* const* records, unsigned lanes) {
+    unsigned result = 0;
+    for (unsigned l = 0; l < WARP; ++l)
+        if (lanes >> l & 1 && static_cast<const Vote*>(records[l])->value) result |= 1u << l;
+    for (unsigned rest = lanes; rest; rest &= rest - 1) static_cast<Vote*>(records[__builtin_ctz(rest)])->result = result;
+}
+
+template <bool Transposed>
+static void load(void* const* records, unsigned lanes) {
+    whole_warp(lanes, "load_matrices");
+    uint16_t rows[WARP][8];
+    for (unsigned l = 0; l < WARP; ++l) memcpy(rows[l], static_cast<const Matrices*>(records[l])->row, 16);
+    for (unsigned l = 0; l < WARP; ++l)
+        for (unsigned i = 0; i < 4; ++i) {
+            unsigned a = l / 4, b = l % 4 * 2;
+            unsigned low = Transposed ? rows[8 * i + b][a] : rows[8 * i + a][b];
+            unsigned high = Transposed ? rows[8 * i + b + 1][a] : rows[8 * i + a][b + 1];
+            static_cast<const Matrices*>(records[l])->result[i] = high << 16 | low;
+        }
+}
+
+static float as_float(unsigned bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+typedef float Row __attribute__((vector_size(32)));  // 8 columns
+
+// c += a b for a 16 x Depth, b Depth x 8. Products of bf16 or of TF32 are exact in a float; sums are rounded to nearest.
+__attribute__((target_clones("default", "arch=x86-64-v3")))
+static void multiply(Row* c, const float* a, const Row* b, unsigned depth) {
+    for (unsigned row = 0; row < 16; ++row, a += depth) {
+        Row sum = c[row];
+        for (unsigned k = 0; k < depth; ++k) sum += a[k] * b[k];
+        c[row] = sum;
+    }
+}
+
+static void multiply_for(void* const* records, const float* a, const Row* b, unsigned depth) {
+    Row c[16];
+    for (unsigned l = 0; l < WARP; ++l) {
+        const float* values = static_cast<const Product*>(records[l])->c;
+        for (unsigned i = 0; i < 4; ++i) c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2] = values[i];
+    }
+    multiply(c, a, b, depth);
+    for (unsigned l = 0; l < WARP; ++l) {
+        float* values = static_cast<const Product*>(records[l])->c;
+        for (unsigned i = 0; i < 4; ++i) values[i] = c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+    }
+}
+
+static void multiply_bf16(void* const* records, unsigned lanes) {
+    whole_warp(lanes, "mma_bf16");
+    float a[16][16];
+    Row b[16];
+    for (unsigned l = 0; l < WARP; ++l) {
+        auto& record = *static_cast<const Product*>(records[l]);
+        unsigned g = l / 4, t = l % 4 * 2;
+        for (unsigned i = 0; i < 4; ++i) {
+            a[g + i % 2 * 8][t + i / 2 * 8] = as_float(record.a[i] << 16);
+            a[g + i % 2 * 8][t + i / 2 * 8 + 1] = as_float(record.a[i] & 0xffff0000);
+        }
+        for (unsigned i = 0; i < 2; ++i) {
+            b[t + i * 8][g] = as_float(record.b[i] << 16);
+            b[t + i * 8 + 1][g] = as_float(record.b[i] & 0xffff0000);
+        }
+    }
+    multiply_for(records, a[0], b, 16);
+}
+
+static void multiply_tf32(void* const* records, unsigned lanes) {
+    whole_warp(lanes, "mma_tf32");
+    float a[16][8];
+    Row b[8];
+    for (unsigned l = 0; l < WARP; ++l) {
+        auto& record = *static_cast<const Product*>(records[l]);
+        unsigned g = l / 4, t = l % 4;
+        for (unsigned i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = as_float(record.a[i] & ~0x1fffu);
+        for (unsigned i = 0; i < 2; ++i) b[t + i * 4][g] = as_float(record.b[i] & ~0x1fffu);
+    }
+    multiply_for(records, a[0], b, 8);
+}
+
+#define OPERATION(identifier, name, compute) EXPORT const Operation identifier = {name, compute};
+OPERATION(software_cuda_shuffle, "a shuffle", shuffle)
+OPERATION(software_cuda_vote, "a vote", vote)
+OPERATION(software_cuda_syncwarp, "__syncwarp", nullptr)
+OPERATION(software_cuda_load, "load_matrices", load<false>)
+OPERATION(software_cuda_load_transposed, "load_matrices_transposed", load<true>)
+OPERATION(software_cuda_mma_bf16, "mma_bf16", multiply_bf16)
+OPERATION(software_cuda_mma_tf32, "mma_tf32", multiply_tf32)
+
+// ---- Cores
+
+namespace {
+
+// Never destroyed, as its threads still wait when the program ends.
+struct Pool {
+    std::mutex calls, mutex;
+    std::condition_variable wake, finished;
+    const std::function<void(size_t)>* body;
+    const char* activity;
+    size_t count = 0, next = 0, open = 0, started = 0;
+    // More would only cost memory mappings, of which the stacks' guard pages use many.
+    const unsigned size = std::clamp(std::thread::hardware_concurrency(), 1u, 16u);
+
+    void work() {
+        stack_t stack{};
+        stack.ss_size = 64 * 1024;
+        stack.ss_sp = malloc(stack.ss_size);
+        sigaltstack(&stack, nullptr);  // a handler must not run on a stack that overflows
+        std::unique_lock lock(mutex);
+        for (;;) {
+            wake.wait(lock, [&] { return next < count; });
+            while (next < count) {
+                // A few at a time, so that tiny blocks are not all about the lock.
+                size_t begin = next, end = next + std::max<size_t>(1, (count - next) / (4 * size));
+                next = end;
+                lock.unlock();
+                ::activity = activity;
+                for (size_t i = begin; i < end; ++i) (*body)(i);
+                ::activity = nullptr;
+                lock.lock();
+                open -= end - begin;
+            }
+            if (open == 0) finished.notify_all();
+        }
+    }
+
+    void run(const char* name, size_t n, const std::function<void(size_t)>& function) {
+        std::lock_guard call(calls);
+        std::unique_lock lock(mutex);
+        for (; started < std::min<size_t>(size, n); ++started) std::thread([this] { work(); }).detach();
+        activity = name, body = &function, count = open = n, next = 0;
+        if (n == 1)
+            wake.notify_one();
+        else
+            wake.notify_all();
+        finished.wait(lock, [&] { return open == 0; });
+        count = next = 0;
+    }
+};
+
+}  // namespace
+
+EXPORT void software_cuda_parallel(const char* name, size_t count, const std::function<void(size_t)>& body) {
+    static Pool& pool = *new Pool;
+    if (count) pool.run(name, count, body);
+}
+
+void start_runtime() {
+    if (const char* text = getenv("SOFTWARE_CUDA_SEED"); text && *text) {
+        shuffled = true;
+        seed = hash(strtoull(text, nullptr, 10) + 1);
+    }
+    struct sigaction action {};
+    action.sa_sigaction = on_fault;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &earlier_segv);
+    sigaction(SIGBUS, &action, &earlier_bus);
+}
