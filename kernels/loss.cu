@@ -5,7 +5,7 @@
 //   loss_sum       total (+)= scale * sum of losses
 //   copy_logits    out[m, v] = z[m, v] for v < V
 //
-// Shapes: logits z [rows, Vp], Vp a multiple of LANES; targets y [rows]; losses [rows]; out [rows, V].
+// Shapes: logits z [rows, Vp]; targets y [rows]; losses [rows]; out [rows, V]. ALIGNED: Vp is a multiple of 16 bytes.
 // Dtypes: Logit (-DLOGIT) logits; float losses and out.
 // Grid: cross_entropy one block of 512 threads per row; loss_sum one block of 512; copy_logits (rows, ceil(V / 256)).
 // Determinism: each thread's share of a row is fixed, shares meet in a tree.
@@ -14,7 +14,7 @@
 typedef LOGIT Logit;
 
 constexpr int THREADS = 512;
-constexpr int WIDTH = 16 / sizeof(Logit);
+constexpr int WIDTH = ALIGNED ? 16 / sizeof(Logit) : 1;
 [[maybe_unused]] constexpr float LOG2_E = 1.4426950408889634f;
 [[maybe_unused]] constexpr float HIDDEN = -1e30f;
 

@@ -212,6 +212,19 @@ impl AdamWStep {
     }
 }
 
+/// What a kernel, or a library call, of an operation took while it was timed.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct OpTime {
+    /// The operation: the trait's method.
+    pub op: &'static str,
+    /// The kernel.
+    pub kernel: String,
+    /// How often it ran.
+    pub count: usize,
+    /// What all its runs took together.
+    pub seconds: f64,
+}
+
 /// Memory and transfers.
 pub trait Device {
     /// Device memory of one element type.
@@ -290,6 +303,22 @@ pub trait Device {
     /// # Errors
     /// As [`Device::upload`].
     fn sync(&mut self) -> Result<()>;
+
+    /// Starts to time every operation on the device; false when it cannot.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    fn profile_start(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Ends it: what each kernel (or library call) took, summed by name.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    fn profile_finish(&mut self) -> Result<Vec<OpTime>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Token and position embeddings.
@@ -705,3 +734,41 @@ pub trait AdamW: Device {
 pub trait Backend: Embed + LayerNorm + Linear + BandLinear + Attention + Loss + AdamW {}
 
 impl<T: Embed + LayerNorm + Linear + BandLinear + Attention + Loss + AdamW> Backend for T {}
+
+/// The places of `tokens` sorted by token, places of one token ascending; and (token, first place in that order) of each
+/// different token, with an end mark: what sums the token embedding's gradient in a fixed order.
+fn sorted_places(tokens: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
+    order.sort_by_key(|&place| tokens[place as usize]);
+    let mut runs = Vec::new();
+    let mut last = None;
+    for (index, &place) in order.iter().enumerate() {
+        let token = tokens[place as usize];
+        if last.replace(token) != Some(token) {
+            runs.extend([token, index as u32]);
+        }
+    }
+    runs.extend([u32::MAX, tokens.len() as u32]);
+    (order, runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_list_each_token_once_with_its_places_in_order() {
+        let (order, runs) = sorted_places(&[7, 3, 7, 0, 3]);
+        assert_eq!(order, [3, 1, 4, 0, 2]);
+        assert_eq!(runs, [0, 0, 3, 1, 7, 3, u32::MAX, 5]);
+        assert_eq!(sorted_places(&[]), (vec![], vec![u32::MAX, 0]));
+    }
+
+    #[test]
+    fn operands_are_rounded_to_nearest() {
+        assert_eq!(Arithmetic::Tf32.operand(1.0 + 2f32.powi(-11)), 1.0 + 2f32.powi(-10));
+        assert_eq!(Arithmetic::Tf32.operand(-1.0 - 2f32.powi(-12)), -1.0);
+        assert_eq!(Arithmetic::Bf16.operand(1.0 + 2f32.powi(-8)), 1.0);
+        assert_eq!(Arithmetic::Fp32.operand(0.1), 0.1);
+    }
+}

@@ -1,7 +1,8 @@
 //! Choosing the device a command runs on.
 
-use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{self, Cuda};
+use crate::backend::{Arithmetic, Backend};
 use crate::backend::wgpu::{Options, Wgpu};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendName {
-    /// The processor, and says so; a GPU is used when asked for.
+    /// An NVIDIA card if there is one, else the processor, and says so.
     Auto,
     /// NVIDIA GPUs.
     Cuda,
@@ -68,29 +69,47 @@ pub trait Task {
 /// [`Error::Device`] when this build or machine has no such backend, [`Error::Usage`] for a precision or an adapter that
 /// it does not know; the task's own errors.
 pub fn with_backend<T: Task>(args: &DeviceArgs, task: T) -> Result<T::Output> {
-    let backend = match (args.backend, &args.adapter) {
-        // Naming an adapter is asking for wgpu.
-        (BackendName::Auto, Some(_)) => BackendName::Wgpu,
-        (BackendName::Auto, None) => BackendName::Cpu,
-        (name, _) => name,
-    };
+    let (backend, _) = args.chosen();
+    if args.adapter.is_some() && backend != BackendName::Wgpu {
+        return Err(Error::usage("--adapter chooses among wgpu's adapters; leave it out or use --backend wgpu"));
+    }
     match backend {
         BackendName::Wgpu => {
             fp32_only(args.precision, "wgpu")?;
             task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), ..Options::default() })?)
         }
-        BackendName::Cuda => {
-            Err(Error::Device("this version of bandtrain has no cuda backend; use --backend wgpu or cpu".to_string()))
-        }
+        BackendName::Cuda => task.run(Cuda::new(cuda::Options { arithmetic: cuda_arithmetic(args.precision)? })?),
         BackendName::Cpu | BackendName::Auto => {
-            if args.adapter.is_some() {
-                return Err(Error::usage(
-                    "--adapter chooses among wgpu's adapters; leave it out or use --backend wgpu",
-                ));
-            }
             fp32_only(args.precision, "cpu")?;
             task.run(Cpu::new())
         }
+    }
+}
+
+impl DeviceArgs {
+    /// The backend that these flags mean, and why when they leave the choice open.
+    pub fn chosen(&self) -> (BackendName, Option<&'static str>) {
+        match (self.backend, &self.adapter) {
+            // Naming an adapter is asking for wgpu.
+            (BackendName::Auto, Some(_)) => (BackendName::Wgpu, None),
+            (BackendName::Auto, None) => match cuda::is_usable() {
+                true => (BackendName::Cuda, Some("auto: this machine has an NVIDIA card")),
+                false => {
+                    (BackendName::Cpu, Some("auto: no NVIDIA card; another GPU is used when asked for, with --backend wgpu"))
+                }
+            },
+            (name, _) => (name, None),
+        }
+    }
+}
+
+/// What the cuda backend computes in.
+fn cuda_arithmetic(precision: Precision) -> Result<Arithmetic> {
+    match precision {
+        Precision::Auto | Precision::Bf16 => Ok(Arithmetic::Bf16),
+        Precision::Tf32 => Ok(Arithmetic::Tf32),
+        Precision::Fp32 => Ok(Arithmetic::Fp32),
+        Precision::F16 => Err(Error::usage("the cuda backend computes in bf16, tf32 or fp32; choose one of these")),
     }
 }
 

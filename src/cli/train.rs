@@ -246,6 +246,15 @@ impl TrainOptions {
         self
     }
 
+    /// The options that choose a device.
+    fn device(&self) -> DeviceArgs {
+        DeviceArgs {
+            backend: self.backend.unwrap_or(BackendName::Auto),
+            adapter: self.adapter.clone(),
+            precision: self.precision.unwrap_or(Precision::Auto),
+        }
+    }
+
     /// Adds the options of the file named by `--config`.
     fn with_file(self) -> Result<TrainOptions> {
         let Some(path) = self.config.clone() else { return Ok(self) };
@@ -311,12 +320,7 @@ pub fn run(options: TrainOptions) -> Result<()> {
     if options.force && !options.resume {
         return Err(Error::usage("--force lets --resume go on with changed options; give it together with --resume"));
     }
-    let device = DeviceArgs {
-        backend: options.backend.unwrap_or(BackendName::Auto),
-        adapter: options.adapter.clone(),
-        precision: options.precision.unwrap_or(Precision::Auto),
-    };
-    with_backend(&device, options)
+    with_backend(&options.device(), options)
 }
 
 impl Task for TrainOptions {
@@ -546,9 +550,8 @@ impl TrainConfig {
             None => Reporter::new(plan.steps, quiet, metrics, log)?,
             Some(progress) => Reporter::resume(plan.steps, quiet, metrics, log, progress.step)?,
         };
-        let auto = matches!(self.options.backend, None | Some(BackendName::Auto)) && self.options.adapter.is_none();
-        let why = if auto { " (auto: a GPU is used when asked for, with --backend wgpu)" } else { "" };
-        let device = format!("{}, fp32{why}", backend.description());
+        let why = self.options.device().chosen().1.map(|why| format!(" ({why})")).unwrap_or_default();
+        let device = format!("{}, {}{why}", backend.description(), backend.arithmetic().name());
         describe(&self.name, &self.weights, plan, &self.train, &device, &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;

@@ -36,7 +36,45 @@ pub(super) struct Driver {
 }
 
 /// Memory that no one holds any more, to be freed when nothing recorded can need it.
-pub(super) type Graveyard = Arc<Mutex<Vec<sys::CUdeviceptr>>>;
+#[derive(Clone, Default)]
+pub(super) struct Graveyard(Arc<Mutex<Graves>>);
+
+#[derive(Default)]
+struct Graves {
+    dead: Vec<sys::CUdeviceptr>,
+    /// The backend is gone: nothing is recorded any more.
+    closed: bool,
+}
+
+impl Graveyard {
+    fn graves(&self) -> std::sync::MutexGuard<'_, Graves> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Takes memory whose last holder is gone.
+    pub(super) fn bury(&self, memory: sys::CUdeviceptr) {
+        let mut graves = self.graves();
+        if graves.closed { free(memory) } else { graves.dead.push(memory) }
+    }
+
+    /// Frees what has come so far: all recorded work has been submitted.
+    pub(super) fn clear(&self) {
+        self.graves().dead.drain(..).for_each(free);
+    }
+
+    /// Frees everything, also what comes later.
+    pub(super) fn close(&self) {
+        self.clear();
+        self.graves().closed = true;
+    }
+}
+
+/// Gives device memory back. The driver waits for submitted work that still uses it.
+#[allow(unsafe_code)]
+fn free(memory: sys::CUdeviceptr) {
+    // SAFETY: it came from `Driver::alloc`, and its last holder is gone.
+    let _ = unsafe { result::free_sync(memory) };
+}
 
 /// A failure of the driver as an error.
 pub(super) fn fault(doing: &str) -> impl FnOnce(DriverError) -> Error + '_ {
@@ -161,8 +199,7 @@ impl Driver {
     }
 
     pub(super) fn free(&self, memory: sys::CUdeviceptr) {
-        // SAFETY: it came from `alloc`, and its last holder is gone. The driver waits for work that still uses it.
-        let _ = unsafe { result::free_sync(memory) };
+        free(memory);
     }
 
     /// Copies host memory to the device in the stream's order; returns when the host memory may change again.
@@ -177,6 +214,13 @@ impl Driver {
         self.sync()?;
         // SAFETY: callers have checked that the device memory is large enough.
         unsafe { result::memcpy_dtoh_sync(to, from) }.map_err(fault("copying from the card"))
+    }
+
+    /// Copies `bytes` from the device to pinned host memory in the stream's order, without waiting.
+    pub(super) fn copy_out_later(&self, to: &mut [u32], from: sys::CUdeviceptr, bytes: usize) -> Result<()> {
+        let to: &mut [u8] = bytemuck::cast_slice_mut(to);
+        // SAFETY: the host memory is pinned and kept until an event behind this copy has been passed.
+        unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from, self.stream) }.map_err(fault("copying from the card"))
     }
 
     /// Waits until all that was submitted is done.

@@ -1,0 +1,68 @@
+//! Sums over rows and over parts: `kernels/reduce.cu`.
+
+use super::buffer::{Buffer, Element};
+use super::{Cuda, Unit, args, unit};
+use crate::backend::{Arithmetic, Write};
+use crate::error::Result;
+use crate::shapes::Span;
+
+const THREADS: usize = 256;
+/// Groups of columns of a block of `column_sums`.
+const GROUPS: usize = 32;
+/// Parts that rows are summed in at most, and rows of a part at least.
+const MAX_PARTS: usize = 128;
+const MIN_PART_ROWS: usize = 64;
+
+/// The most bytes that parts of sums over `columns` columns take.
+pub(super) fn most_part_bytes(columns: usize) -> usize {
+    4 * MAX_PARTS * columns
+}
+
+impl Cuda {
+    /// `out[c] (+)= sum over parts of parts[part * stride + c]`, in order of the parts.
+    pub(super) fn add_parts(
+        &mut self,
+        op: &'static str,
+        out: u64,
+        columns: usize,
+        parts: u64,
+        stride: usize,
+        count: usize,
+        write: Write,
+    ) {
+        let unit = self.unit("reduce", true);
+        let grid = [columns.div_ceil(THREADS), 1, 1];
+        self.launch(op, &unit, "add_parts", grid, THREADS, 0, args![out, parts, columns, stride, count, write]);
+    }
+
+    /// `out[c] (+)= sum over the rows of matrix[r, c]`: the gradient of a bias.
+    pub(super) fn column_sums(
+        &mut self,
+        op: &'static str,
+        grads: &Buffer,
+        span: Span,
+        matrix: u64,
+        rows: usize,
+        write: Write,
+    ) -> Result<()> {
+        let columns = span.len;
+        let out = grads.part(Element::F32, span)?;
+        let lanes = self.element().lanes();
+        let aligned = columns.is_multiple_of(lanes);
+        let pieces = if aligned { columns / lanes } else { columns };
+        let part_rows = rows.div_ceil(MAX_PARTS).max(MIN_PART_ROWS);
+        let count = rows.div_ceil(part_rows);
+        let parts = self.scratch("parts of sums", Element::F32, MAX_PARTS * columns)?;
+        let unit = self.unit("reduce", aligned);
+        let grid = [pieces.div_ceil(GROUPS), count, 1];
+        self.launch(op, &unit, "column_sums", grid, THREADS, 0, args![parts, matrix, rows, columns, part_rows]);
+        self.add_parts(op, out, columns, parts, columns, count, write);
+        Ok(())
+    }
+}
+
+/// Every instantiation.
+pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
+    let of = |aligned| ["column_sums", "add_parts"].map(|entry| (unit("reduce", arithmetic, aligned), entry, THREADS, 0));
+    [true, false].into_iter().flat_map(of).collect()
+}
