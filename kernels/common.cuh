@@ -125,6 +125,15 @@ __device__ __forceinline__ void store_element(bf16* at, float x) {
     at->bits = (u16)pack_bf16(x, 0.0f);
 }
 
+// What is read again when x has been stored as an element.
+__device__ __forceinline__ float as_stored(float x) {
+    if constexpr (sizeof(Element) == 4) {
+        return x;
+    } else {
+        return __uint_as_float(pack_bf16(x, 0.0f) << 16);
+    }
+}
+
 // N neighbours as floats: one, or whole 16 bytes from an address aligned to as much.
 template <int N, class T>
 __device__ __forceinline__ void load(float (&x)[N], const T* from) {

@@ -1,7 +1,7 @@
 // LayerNorm (Ba et al. 2016), alone and fused with the residual addition before it, and its gradients.
 //
 //   layernorm_forward            mean and rstd = 1 / sqrt(variance + 1e-5) of each row; out = (x - mean) rstd weight + bias
-//   residual_layernorm_forward   residual = x + branch, then the same of residual
+//   residual_layernorm_forward   residual = x + branch, then the same of residual as it is stored
 //   layernorm_backward           with n = (x - mean) rstd, dn = dout weight: dx (+)= rstd (dn - mean(dn) - n mean(dn n));
 //                                per block: sums over its rows of dout n and of dout, to parts[block][2C]
 //
@@ -165,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS * ROWS, 1)
         load(values[slot], x + at);
         load(added, branch + at);
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) values[slot][i] += added[i];
+        for (int i = 0; i < WIDTH; i++) values[slot][i] = as_stored(values[slot][i] + added[i]);
         store(residual + at, values[slot]);
     }
     normalize(out, mean, rstd, values, weight, bias, row);

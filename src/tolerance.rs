@@ -7,6 +7,7 @@
 //! element against it, scaled with the element and with the tensor's root mean square (a cancelled sum keeps the error of
 //! its terms), and names the worst one.
 
+use crate::backend::Arithmetic;
 use crate::config::GptConfig;
 
 /// Unit round-off of f32.
@@ -37,6 +38,17 @@ impl Tolerance {
     pub fn with_gelu(self) -> Self {
         let Self(rest) = self.with_exp(2.0);
         Self(rest.hypot(16.0 * 2.0 * UNIT_F32))
+    }
+
+    /// The same when besides `count` values on the way are rounded with round-off `unit`, in factors of terms of the sums: the
+    /// errors of the terms are independent, so relative to the sum's own size each rounding counts once, in quadrature.
+    pub fn with_roundings(self, unit: f64, count: usize) -> Self {
+        Self(self.0.hypot(LAMBDA * unit * (count as f64).sqrt()))
+    }
+
+    /// The same when the result is stored as an activation is: off by the round-off of itself at most.
+    pub fn with_stored(self, arithmetic: Arithmetic) -> Self {
+        Self(self.0 + arithmetic.stored_unit())
     }
 
     /// The tolerance of a model's forward pass over sequences of T tokens: every layer's five products and two

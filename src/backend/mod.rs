@@ -63,6 +63,15 @@ impl Arithmetic {
         }
     }
 
+    /// Unit round-off of the sums in products. Tensor cores cut sums off instead of rounding them to nearest (Fasi et al. 2021,
+    /// "Numerical behavior of NVIDIA tensor cores").
+    pub fn sum_unit(self) -> f64 {
+        match self {
+            Arithmetic::Fp32 => UNIT_F32,
+            Arithmetic::Tf32 | Arithmetic::Bf16 => 2.0 * UNIT_F32,
+        }
+    }
+
     /// Unit round-off of stored activations.
     pub fn stored_unit(self) -> f64 {
         match self {

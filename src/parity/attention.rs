@@ -1,9 +1,9 @@
 //! Cases of attention: forward, backward, and over a cache.
 
-use super::{Allowed, Case, Inputs, Output, Suite, fetch, unwritten, upload};
-use crate::backend::{Backend, KeyValues, Role, SequenceDims};
+use super::{Allowed, Case, Inputs, Output, Suite, fetch, unwritten, unwritten_statistics, upload};
+use crate::backend::{Arithmetic, Backend, KeyValues, Role, SequenceDims};
 use crate::error::Result;
-use crate::tolerance::{Tolerance, UNIT_F32, cancelling_scores};
+use crate::tolerance::{Tolerance, cancelling_scores};
 
 /// Scores of the inputs here lie within this of each other, nearly always.
 const SCORES: f64 = 16.0;
@@ -43,20 +43,24 @@ impl Case for AttentionCase {
         shape(self.0)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let dims = self.0;
         let (t, c) = (dims.tokens, dims.channels);
         let (len, statistics) = (dims.rows() * c, dims.rows() * dims.heads);
-        let mut random = Inputs::new(4);
+        let mut random = Inputs::new(4, arithmetic);
         let (qkv_values, dout_values) = (random.normal(3 * len, 1.0), random.normal(len, 1.0));
         let qkv = upload(backend, Role::Activations, &qkv_values)?;
         let dout = upload(backend, Role::Activations, &dout_values)?;
         let (mut out, mut dqkv) = (unwritten(backend, len)?, unwritten(backend, 3 * len)?);
-        let mut log_sum_exp = unwritten(backend, statistics)?;
+        let mut log_sum_exp = unwritten_statistics(backend, statistics)?;
         backend.attention_forward(&mut out, &mut log_sum_exp, &qkv, dims)?;
         backend.attention_backward(&mut dqkv, &dout, &out, &log_sum_exp, &qkv, dims)?;
-        let forward = Tolerance::of_sums(UNIT_F32, [dims.head_size(), t, 8]).with_exp(SCORES);
-        let backward = Tolerance::of_sums(UNIT_F32, [3 * dims.head_size(), 3 * t, 16]).with_exp(SCORES);
+        let sums = Tolerance::of_sums(arithmetic.sum_unit(), [dims.head_size(), t, 8]).with_exp(SCORES);
+        // P is rounded to an operand; on the way back dS too, and delta comes from a stored output.
+        let (operand, stored) = (arithmetic.operand_unit(), arithmetic.stored_unit());
+        let forward = sums.with_roundings(operand, 1).with_stored(arithmetic);
+        let backward = Tolerance::of_sums(arithmetic.sum_unit(), [3 * dims.head_size(), 3 * t, 16]).with_exp(SCORES);
+        let backward = backward.with_roundings(operand, 2).with_roundings(stored, 1).with_stored(arithmetic);
         let dqkv = fetch(backend, &dqkv, 3 * len)?;
         let part =
             |of: &[f32], which: usize| of.chunks(c).skip(which).step_by(3).flatten().copied().collect::<Vec<_>>();
@@ -67,7 +71,7 @@ impl Case for AttentionCase {
         };
         Ok(vec![
             Output::new("out", fetch(backend, &out, len)?, forward),
-            Output::new("log_sum_exp", fetch(backend, &log_sum_exp, statistics)?, forward),
+            Output::new("log_sum_exp", fetch(backend, &log_sum_exp, statistics)?, sums),
             cancelling("dq", 0, &keys),
             cancelling("dk", 1, &queries),
             Output::new("dv", part(&dqkv, 2), backward),
@@ -87,10 +91,10 @@ impl Case for CachedCase {
         shape(self.0)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let SequenceDims { batch, tokens: t, channels: c, .. } = self.0;
         let capacity = t + 7;
-        let mut random = Inputs::new(5);
+        let mut random = Inputs::new(5, arithmetic);
         let (mut keys, mut values) =
             (unwritten(backend, batch * capacity * c)?, unwritten(backend, batch * capacity * c)?);
         let mut outs = Vec::new();
@@ -104,7 +108,8 @@ impl Case for CachedCase {
             outs.extend(fetch(backend, &out, dims.rows() * c)?);
             past += tokens;
         }
-        let tolerance = Tolerance::of_sums(UNIT_F32, [self.0.head_size(), capacity, 8]).with_exp(SCORES);
+        let tolerance = Tolerance::of_sums(arithmetic.sum_unit(), [self.0.head_size(), capacity, 8]).with_exp(SCORES);
+        let tolerance = tolerance.with_roundings(arithmetic.operand_unit(), 1).with_stored(arithmetic);
         let exact = Tolerance(0.0);
         Ok(vec![
             Output::new("out", outs, tolerance),

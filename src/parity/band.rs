@@ -1,13 +1,14 @@
 //! Cases of the band: its three products as FC1 and as FC2, and masked training for several steps.
 
-use super::{Allowed, Case, Inputs, Output, Suite, UNWRITTEN, fetch, layout, unwritten, upload};
-use crate::backend::{AdamWStep, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
+use super::{Allowed, Case, Inputs, Output, Suite, UNWRITTEN, fetch, layout, unwritten, unwritten_statistics, upload};
+use crate::backend::{Arithmetic, AdamWStep, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
 use crate::band::{Band, Panel};
 use crate::error::Result;
 use crate::tolerance::{self, Tolerance, UNIT_F32};
 
 /// (rows, N, W): of one panel and of many, fitting tiles and not, W other than 4N.
-const SHAPES: [(usize, usize, usize); 5] = [(5, 7, 28), (64, 64, 256), (70, 40, 160), (130, 96, 384), (33, 50, 131)];
+const SHAPES: [(usize, usize, usize); 6] =
+    [(5, 7, 28), (64, 64, 256), (70, 40, 160), (130, 96, 384), (33, 50, 131), (70, 272, 1088)];
 
 pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
     for (rows, narrow, wide) in SHAPES {
@@ -58,10 +59,10 @@ impl Case for ProductsCase<'_> {
         shape(self.rows, self.band)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let (rows, band) = (self.rows, self.band);
         let (n, w) = (band.narrow(), band.wide());
-        let mut random = Inputs::new(8);
+        let mut random = Inputs::new(8, arithmetic);
         let ([panels, wide_bias, narrow_bias], len) = layout([band.packed_len(), w, n]);
         let mut weights = random.normal(len, 0.5);
         weights[panels.range()].copy_from_slice(&packed(&mut random, band, 0.5));
@@ -73,11 +74,11 @@ impl Case for ProductsCase<'_> {
         let wide = upload(backend, Role::Activations, &random.normal(rows * w, 1.0))?;
         let table = backend.band_table(band)?;
 
-        let (mut pre, mut gelu, mut dpre) =
+        let (mut pre, mut gelu_out, mut dpre) =
             (unwritten(backend, rows * w)?, unwritten(backend, rows * w)?, unwritten(backend, rows * w)?);
         let (mut out, mut dinp) = (unwritten(backend, rows * n)?, unwritten(backend, rows * n)?);
         let fc1 = Expansion::BiasGelu { bias: wide_bias, pre: &mut pre };
-        backend.band_expand(&mut gelu, &narrow, &params, panels, &table, rows, fc1)?;
+        backend.band_expand(&mut gelu_out, &narrow, &params, panels, &table, rows, fc1)?;
         let fc2 = Expansion::GeluBackward { pre: &wide };
         backend.band_expand(&mut dpre, &narrow, &params, panels, &table, rows, fc2)?;
         backend.band_contract(&mut out, &wide, &params, panels, &table, rows, Some(narrow_bias))?;
@@ -92,18 +93,19 @@ impl Case for ProductsCase<'_> {
 
         let widest = band.panels().iter().map(|panel| panel.cols).max().unwrap_or(1);
         let longest = (0..n).map(|i| band.column(i).len()).max().unwrap_or(1);
-        let sums = |n: usize| Tolerance::of_sums(UNIT_F32, [n, 2]);
+        let sums = |n: usize| Tolerance::of_sums(arithmetic.sum_unit(), [n, 2]);
+        let stored = |tolerance: Tolerance| tolerance.with_stored(arithmetic);
         let masked = |name, values| Output { zero: outside(band), ..Output::new(name, values, sums(rows)) };
         Ok(vec![
-            Output::new("pre", fetch(backend, &pre, rows * w)?, sums(widest)),
-            Output::new("gelu", fetch(backend, &gelu, rows * w)?, sums(widest).with_gelu()),
-            Output::new("x P' * gelu'", fetch(backend, &dpre, rows * w)?, sums(widest).with_gelu()),
-            Output::new("out", fetch(backend, &out, rows * n)?, sums(longest)),
-            Output::new("dinp", fetch(backend, &dinp, rows * n)?, sums(longest)),
-            masked("dweight", set[panels.range()].to_vec()),
-            Output::new("dbias", set[narrow_bias.range()].to_vec(), sums(rows)),
-            masked("dweight added", added[panels.range()].to_vec()),
-            Output::new("dbias added", added[wide_bias.range()].to_vec(), sums(rows)),
+            Output::new("FC1 pre", fetch(backend, &pre, rows * w)?, stored(sums(widest))),
+            Output::new("FC1 gelu", fetch(backend, &gelu_out, rows * w)?, stored(sums(widest).with_gelu())),
+            Output::new("FC1 dinput", fetch(backend, &dinp, rows * n)?, stored(sums(longest))),
+            masked("FC1 dweight", added[panels.range()].to_vec()),
+            Output::new("FC1 dbias", added[wide_bias.range()].to_vec(), sums(rows)),
+            Output::new("FC2 out", fetch(backend, &out, rows * n)?, stored(sums(longest))),
+            Output::new("FC2 dinput", fetch(backend, &dpre, rows * w)?, stored(sums(widest).with_gelu())),
+            masked("FC2 dweight", set[panels.range()].to_vec()),
+            Output::new("FC2 dbias", set[narrow_bias.range()].to_vec(), sums(rows)),
         ])
     }
 }
@@ -126,17 +128,17 @@ impl Case for TrainingCase<'_> {
         shape(self.rows, self.band)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let (rows, band) = (self.rows, self.band);
-        let mut random = Inputs::new(9);
+        let mut random = Inputs::new(9, arithmetic);
         let ([panels, bias], len) = layout([band.packed_len(), band.wide()]);
         let mut weights = vec![0.0; len];
         weights[panels.range()].copy_from_slice(&packed(&mut random, band, 1.0));
         let mut params = upload(backend, Role::Parameters, &weights)?;
-        let mut m = upload(backend, Role::Parameters, &vec![0.0; len])?;
-        let mut v = upload(backend, Role::Parameters, &vec![0.0; len])?;
+        let mut m = upload(backend, Role::Moments, &vec![0.0; len])?;
+        let mut v = upload(backend, Role::Moments, &vec![0.0; len])?;
         let mut grads = upload(backend, Role::Gradients, &vec![0.0; len])?;
-        let mut norm = unwritten(backend, 1)?;
+        let mut norm = unwritten_statistics(backend, 1)?;
         let table = backend.band_table(band)?;
         let plan = backend.adamw_plan(&[panels], len)?;
         let mut first = Vec::new();
@@ -166,18 +168,18 @@ impl Case for TrainingCase<'_> {
         let masked = |name, values: Result<Vec<f32>>, allowed| {
             Ok(Output { name, values: values?[panels.range()].to_vec(), allowed, zero: outside(band) })
         };
-        let relative = || Allowed::Relative(Tolerance::of_sums(UNIT_F32, [rows, STEPS * 64]));
+        let relative = || Allowed::Relative(Tolerance::of_sums(arithmetic.sum_unit(), [rows, STEPS * 64]));
         Ok(vec![
-            masked("params", params, Allowed::Each(carried(&first, rows)))?,
-            masked("m", m, relative())?,
-            masked("v", v, relative())?,
+            masked("masked params", params, Allowed::Each(carried(&first, rows, arithmetic)))?,
+            masked("masked m", m, relative())?,
+            masked("masked v", v, relative())?,
         ])
     }
 }
 
 /// How far each parameter may be carried by errors of gradients of which `first` were the first.
-fn carried(first: &[f32], rows: usize) -> Vec<f64> {
-    let tolerance = Tolerance::of_sums(UNIT_F32, [rows, 64]).0;
+fn carried(first: &[f32], rows: usize, arithmetic: Arithmetic) -> Vec<f64> {
+    let tolerance = Tolerance::of_sums(arithmetic.sum_unit(), [rows, 64]).0;
     let rms = tolerance::root_mean_square(first);
     let bound = |&g: &f32| {
         let g = f64::from(g);

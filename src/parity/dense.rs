@@ -1,9 +1,9 @@
 //! Cases of the operations around the band: products, LayerNorm, embeddings.
 
-use super::{Case, Inputs, Output, Suite, fetch, layout, unwritten, upload};
-use crate::backend::{Affine, Backend, Embeddings, LinearDims, Normed, NormedInput, Role, SequenceDims, Write};
+use super::{Case, Inputs, Output, Suite, fetch, layout, unwritten, unwritten_statistics, upload};
+use crate::backend::{Arithmetic, Affine, Backend, Embeddings, LinearDims, Normed, NormedInput, Role, SequenceDims, Write};
 use crate::error::Result;
-use crate::tolerance::{Tolerance, UNIT_F32};
+use crate::tolerance::Tolerance;
 
 pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
     for (rows, inputs, outputs) in
@@ -34,10 +34,10 @@ impl Case for LinearCase {
         format!("M={rows} K={inputs} O={outputs}")
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let dims = self.0;
         let LinearDims { rows, inputs, outputs } = dims;
-        let mut random = Inputs::new(1);
+        let mut random = Inputs::new(1, arithmetic);
         let ([weight, bias], len) = layout([outputs * inputs, outputs]);
         let affine = Affine { weight, bias };
         let params = upload(backend, Role::Parameters, &random.normal(len, 0.5))?;
@@ -58,13 +58,16 @@ impl Case for LinearCase {
         backend.linear_backward_weight(&mut grads, affine, &dout, &inp, dims, Write::Set)?;
         let set = fetch(backend, &grads, len)?;
 
-        let sums = |n: usize| Tolerance::of_sums(UNIT_F32, [n, 2]);
+        let sums = |n: usize| Tolerance::of_sums(arithmetic.sum_unit(), [n, 2]);
+        let stored = |n: usize| sums(n).with_stored(arithmetic);
+        // A library's GELU is no more exact than what is stored.
+        let gelu = |n: usize| sums(n).with_gelu().with_roundings(arithmetic.stored_unit(), 1).with_stored(arithmetic);
         Ok(vec![
-            Output::new("out", fetch(backend, &out, rows * outputs)?, sums(inputs)),
-            Output::new("pre", fetch(backend, &pre, rows * outputs)?, sums(inputs)),
-            Output::new("gelu", fetch(backend, &activated, rows * outputs)?, sums(inputs).with_gelu()),
-            Output::new("dinp", fetch(backend, &dinp, rows * inputs)?, sums(outputs)),
-            Output::new("dinp*gelu'", fetch(backend, &dpre, rows * inputs)?, sums(outputs).with_gelu()),
+            Output::new("out", fetch(backend, &out, rows * outputs)?, stored(inputs)),
+            Output::new("pre", fetch(backend, &pre, rows * outputs)?, stored(inputs)),
+            Output::new("gelu", fetch(backend, &activated, rows * outputs)?, gelu(inputs)),
+            Output::new("dinp", fetch(backend, &dinp, rows * inputs)?, stored(outputs)),
+            Output::new("dinp*gelu'", fetch(backend, &dpre, rows * inputs)?, gelu(outputs)),
             Output::new("dweight", set[weight.range()].to_vec(), sums(rows)),
             Output::new("dbias", set[bias.range()].to_vec(), sums(rows)),
             Output::new("dweight added", added[weight.range()].to_vec(), sums(rows)),
@@ -88,9 +91,9 @@ impl Case for LayerNormCase {
         format!("M={} C={}", self.rows, self.channels)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let (rows, c) = (self.rows, self.channels);
-        let mut random = Inputs::new(2);
+        let mut random = Inputs::new(2, arithmetic);
         let ([weight, bias], len) = layout([c, c]);
         let affine = Affine { weight, bias };
         let params = upload(backend, Role::Parameters, &random.normal(len, 1.0))?;
@@ -101,7 +104,7 @@ impl Case for LayerNormCase {
         let mut grads = upload(backend, Role::Gradients, &random.normal(len, 1.0))?;
 
         let mut out = unwritten(backend, rows * c)?;
-        let (mut mean, mut rstd) = (unwritten(backend, rows)?, unwritten(backend, rows)?);
+        let (mut mean, mut rstd) = (unwritten_statistics(backend, rows)?, unwritten_statistics(backend, rows)?);
         let normed = Normed { out: &mut out, mean: &mut mean, rstd: &mut rstd };
         backend.layernorm_forward(normed, &x, &params, affine, rows)?;
         let alone = fetch(backend, &out, rows * c)?;
@@ -117,16 +120,21 @@ impl Case for LayerNormCase {
 
         // A row of one channel has no spread: its reciprocal deviation, 316, magnifies every rounding.
         let magnified = if c == 1 { 1000 * 1000 } else { 0 };
-        let row = Tolerance::of_sums(UNIT_F32, [c, c, 8, magnified]);
-        let column = Tolerance::of_sums(UNIT_F32, [rows, c, c, 8, magnified]);
+        let row = Tolerance::of_sums(arithmetic.sum_unit(), [c, c, 8, magnified]);
+        let column = Tolerance::of_sums(arithmetic.sum_unit(), [rows, c, c, 8, magnified]);
+        // The residual is rounded where it is stored, and all that follows comes from what is stored.
+        let stored = arithmetic.stored_unit();
+        let (row, of_sum) = (row.with_stored(arithmetic), row.with_roundings(stored, 1).with_stored(arithmetic));
+        let column = column.with_roundings(stored, 1);
+        let once = Tolerance::of_sums(arithmetic.sum_unit(), [1]).with_stored(arithmetic);
         Ok(vec![
             Output::new("out", alone, row),
-            Output::new("residual", fetch(backend, &residual, rows * c)?, Tolerance::of_sums(UNIT_F32, [1])),
-            Output::new("out of sum", fetch(backend, &out, rows * c)?, row),
-            Output::new("mean", fetch(backend, &mean, rows)?, row),
-            Output::new("rstd", fetch(backend, &rstd, rows)?, row),
-            Output::new("dx", fetch(backend, &dx, rows * c)?, row),
-            Output::new("dx added", dx_added, row),
+            Output::new("residual", fetch(backend, &residual, rows * c)?, once),
+            Output::new("out of sum", fetch(backend, &out, rows * c)?, of_sum),
+            Output::new("mean", fetch(backend, &mean, rows)?, of_sum),
+            Output::new("rstd", fetch(backend, &rstd, rows)?, of_sum),
+            Output::new("dx", fetch(backend, &dx, rows * c)?, of_sum),
+            Output::new("dx added", dx_added, of_sum),
             Output::new("dweight", grads[weight.range()].to_vec(), column),
             Output::new("dbias", grads[bias.range()].to_vec(), column),
             Output::new("dweight added", added[weight.range()].to_vec(), column),
@@ -151,10 +159,10 @@ impl Case for EmbedCase {
         format!("B={batch} T={tokens} C={channels} V={}", self.vocab)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         const PAST: usize = 3;
         let (dims, c) = (self.dims, self.dims.channels);
-        let mut random = Inputs::new(3);
+        let mut random = Inputs::new(3, arithmetic);
         let ([tokens, positions], len) = layout([self.vocab * c, (dims.tokens + PAST + 1) * c]);
         let embeddings = Embeddings { tokens, positions };
         let params = upload(backend, Role::Parameters, &random.normal(len, 1.0))?;
@@ -169,9 +177,10 @@ impl Case for EmbedCase {
         let added = fetch(backend, &grads, len)?;
         backend.embed_backward(&mut grads, &dout, &ids, embeddings, dims, Write::Set)?;
         let set = fetch(backend, &grads, len)?;
-        let sums = Tolerance::of_sums(UNIT_F32, [2 * dims.rows(), 2]);
+        let sums = Tolerance::of_sums(arithmetic.sum_unit(), [2 * dims.rows(), 2]);
+        let once = Tolerance::of_sums(arithmetic.sum_unit(), [1]).with_stored(arithmetic);
         Ok(vec![
-            Output::new("out", fetch(backend, &out, dims.rows() * c)?, Tolerance::of_sums(UNIT_F32, [1])),
+            Output::new("out", fetch(backend, &out, dims.rows() * c)?, once),
             Output::new("dwte", set[tokens.range()].to_vec(), sums),
             Output::new("dwpe", set[positions.range()].to_vec(), sums),
             Output::new("dwpe added", added[positions.range()].to_vec(), sums),

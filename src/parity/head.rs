@@ -1,7 +1,7 @@
 //! Cases of the output head, its loss, and AdamW.
 
-use super::{Case, Inputs, Output, Suite, fetch, layout, unwritten, upload};
-use crate::backend::{AdamWStep, Backend, HeadDims, OptimizerState, Role, Write};
+use super::{Case, Inputs, Output, Suite, fetch, layout, unwritten, unwritten_statistics, upload};
+use crate::backend::{Arithmetic, AdamWStep, Backend, HeadDims, OptimizerState, Role, Write};
 use crate::error::Result;
 use crate::tolerance::{Tolerance, UNIT_F32};
 
@@ -34,10 +34,10 @@ impl Case for HeadCase {
         format!("M={rows} C={channels} V={vocab} Vp={padded_vocab}")
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>> {
         let dims = self.0;
         let HeadDims { rows, channels: c, vocab, padded_vocab } = dims;
-        let mut random = Inputs::new(6);
+        let mut random = Inputs::new(6, arithmetic);
         let ([_, wte], len) = layout([7, padded_vocab * c]);
         let mut weights = random.normal(len, 1.0);
         weights[wte.offset + vocab * c..].fill(0.0);
@@ -47,7 +47,7 @@ impl Case for HeadCase {
         let mut targets = backend.alloc_tokens("targets", rows)?;
         backend.upload_tokens(&mut targets, &random.tokens(rows, vocab))?;
 
-        let (mut losses, mut dx) = (unwritten(backend, rows)?, unwritten(backend, rows * c)?);
+        let (mut losses, mut dx) = (unwritten_statistics(backend, rows)?, unwritten(backend, rows * c)?);
         backend.loss_forward(&mut losses, &x, &params, wte, &targets, dims)?;
         let forward = fetch(backend, &losses, rows)?;
         let scale = 1.0 / rows as f32;
@@ -55,25 +55,30 @@ impl Case for HeadCase {
             let (losses, dx) = (&mut losses, &mut dx);
             backend.loss_forward_backward(losses, dx, &mut grads, &x, &params, wte, &targets, dims, scale, write)?;
         }
-        let mut total = unwritten(backend, 1)?;
+        let mut total = unwritten_statistics(backend, 1)?;
         backend.loss_sum(&mut total, &losses, rows, scale, Write::Set)?;
         backend.loss_sum(&mut total, &losses, rows, 0.5 * scale, Write::Add)?;
         let first_row = rows / 2;
         let some = HeadDims { rows: rows - first_row, ..dims };
-        let mut logits = unwritten(backend, some.rows * vocab)?;
+        let mut logits = unwritten_statistics(backend, some.rows * vocab)?;
         backend.head_logits(&mut logits, &x, &params, wte, first_row, some)?;
 
-        let forward_tolerance = Tolerance::of_sums(UNIT_F32, [c, vocab, 8]).with_exp(LOGITS);
-        let backward = Tolerance::of_sums(UNIT_F32, [2 * c, 2 * vocab, rows, 8]).with_exp(LOGITS);
+        let forward_tolerance = Tolerance::of_sums(arithmetic.sum_unit(), [c, vocab, 8]).with_exp(LOGITS);
+        // Stored logits are rounded, which their exponentials magnify; so is their gradient, as an operand (that the library
+        // may cut off instead).
+        let (stored, operand) = (arithmetic.stored_unit(), arithmetic.operand_unit());
+        let forward_tolerance = forward_tolerance.with_roundings(stored, 2);
+        let backward = Tolerance::of_sums(arithmetic.sum_unit(), [2 * c, 2 * vocab, rows, 8]).with_exp(LOGITS);
+        let backward = backward.with_roundings(LOGITS * stored, 1).with_roundings(2.0 * operand, 1);
         let dwte = fetch(backend, &grads, len)?[wte.range()].to_vec();
         let padding = (0..padded_vocab * c).map(|index| index >= vocab * c).collect();
         Ok(vec![
             Output::new("losses", forward, forward_tolerance),
             Output::new("losses again", fetch(backend, &losses, rows)?, forward_tolerance),
-            Output::new("dx", fetch(backend, &dx, rows * c)?, backward),
+            Output::new("dx", fetch(backend, &dx, rows * c)?, backward.with_stored(arithmetic)),
             Output { zero: padding, ..Output::new("dwte", dwte, backward) },
             Output::new("loss_sum", fetch(backend, &total, 1)?, forward_tolerance),
-            Output::new("logits", fetch(backend, &logits, some.rows * vocab)?, Tolerance::of_sums(UNIT_F32, [c])),
+            Output::new("logits", fetch(backend, &logits, some.rows * vocab)?, Tolerance::of_sums(arithmetic.sum_unit(), [c])),
         ])
     }
 }
@@ -93,10 +98,10 @@ impl Case for AdamWCase {
         format!("len={} clip={}", self.len, self.clip)
     }
 
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>> {
+    fn run<B: Backend>(&self, backend: &mut B, _: Arithmetic) -> Result<Vec<Output>> {
         const STEPS: u64 = 5;
         let len = self.len;
-        let mut random = Inputs::new(7);
+        let mut random = Inputs::new(7, Arithmetic::Fp32);
         let (tensors, padded) = layout([len / 3, len / 3, len - 2 * (len / 3)]);
         // The gaps between tensors hold zeros, as a model's do.
         let mut values = || {
@@ -105,9 +110,9 @@ impl Case for AdamWCase {
             values
         };
         let mut params = upload(backend, Role::Parameters, &values())?;
-        let mut m = upload(backend, Role::Parameters, &vec![0.0; padded])?;
-        let mut v = upload(backend, Role::Parameters, &vec![0.0; padded])?;
-        let mut norm = unwritten(backend, 1)?;
+        let mut m = upload(backend, Role::Moments, &vec![0.0; padded])?;
+        let mut v = upload(backend, Role::Moments, &vec![0.0; padded])?;
+        let mut norm = unwritten_statistics(backend, 1)?;
         let plan = backend.adamw_plan(&[tensors[1]], padded)?;
         let mut norms = Vec::new();
         for step in 1..=STEPS {

@@ -9,7 +9,7 @@ mod band;
 mod dense;
 mod head;
 
-use crate::backend::{Backend, Device, Role};
+use crate::backend::{Arithmetic, Backend, Device, Role};
 use crate::error::Result;
 use crate::shapes::{Span, TENSOR_ALIGN};
 use crate::tolerance::{self, Tolerance, Worst};
@@ -54,11 +54,12 @@ pub trait Case {
     /// The shape in words.
     fn shape(&self) -> String;
 
-    /// Runs it.
+    /// Runs it on inputs that are exact in `arithmetic`, that of the less precise of the two backends, from which the
+    /// tolerances follow.
     ///
     /// # Errors
     /// The device failed.
-    fn run<B: Backend>(&self, backend: &mut B) -> Result<Vec<Output>>;
+    fn run<B: Backend>(&self, backend: &mut B, arithmetic: Arithmetic) -> Result<Vec<Output>>;
 }
 
 /// The comparison of one output of one case.
@@ -105,7 +106,9 @@ impl std::fmt::Display for Row {
 /// # Errors
 /// A device failed; a disagreement is no error but a row that does not pass.
 pub fn run<A: Backend, R: Backend>(device: &mut A, reference: &mut R) -> Result<Vec<Row>> {
-    let mut suite = Suite { device, reference, rows: Vec::new() };
+    let both = [device.arithmetic(), reference.arithmetic()];
+    let arithmetic = if both[0].operand_unit() >= both[1].operand_unit() { both[0] } else { both[1] };
+    let mut suite = Suite { device, reference, arithmetic, rows: Vec::new() };
     dense::cases(&mut suite)?;
     attention::cases(&mut suite)?;
     head::cases(&mut suite)?;
@@ -117,12 +120,14 @@ pub fn run<A: Backend, R: Backend>(device: &mut A, reference: &mut R) -> Result<
 struct Suite<'a, A, R> {
     device: &'a mut A,
     reference: &'a mut R,
+    arithmetic: Arithmetic,
     rows: Vec<Row>,
 }
 
 impl<A: Backend, R: Backend> Suite<'_, A, R> {
     fn check(&mut self, case: &impl Case) -> Result<()> {
-        let (actual, expected) = (case.run(self.device)?, case.run(self.reference)?);
+        let arithmetic = self.arithmetic;
+        let (actual, expected) = (case.run(self.device, arithmetic)?, case.run(self.reference, arithmetic)?);
         for (actual, expected) in actual.iter().zip(&expected) {
             self.rows.push(compare(case, actual, expected));
         }
@@ -143,21 +148,21 @@ fn compare(case: &impl Case, actual: &Output, expected: &Output) -> Row {
     Row { op: case.op(), shape: case.shape(), output: expected.name, worst, not_zero }
 }
 
-/// Reproducible inputs: normal values, a stream of their own for each call.
+/// Reproducible inputs: normal values that are exact in an arithmetic, a stream of their own for each call.
 struct Inputs {
     rng: ChaCha8Rng,
+    arithmetic: Arithmetic,
 }
 
 impl Inputs {
-    fn new(seed: u64) -> Self {
-        Self { rng: ChaCha8Rng::seed_from_u64(seed) }
+    fn new(seed: u64, arithmetic: Arithmetic) -> Self {
+        Self { rng: ChaCha8Rng::seed_from_u64(seed), arithmetic }
     }
 
     /// `len` values with this standard deviation.
     fn normal(&mut self, len: usize, deviation: f32) -> Vec<f32> {
-        (0..len)
-            .map(|_| deviation * <StandardNormal as Distribution<f32>>::sample(&StandardNormal, &mut self.rng))
-            .collect()
+        let mut draw = || deviation * <StandardNormal as Distribution<f32>>::sample(&StandardNormal, &mut self.rng);
+        (0..len).map(|_| self.arithmetic.operand(draw())).collect()
     }
 
     /// `len` tokens below `vocab`, some of them often.
@@ -177,6 +182,11 @@ fn upload<D: Device>(device: &mut D, role: Role, values: &[f32]) -> Result<D::Bu
 /// An activation buffer full of a value that no result is, so that what an operation does not write shows.
 fn unwritten<D: Device>(device: &mut D, len: usize) -> Result<D::Buffer> {
     upload(device, Role::Activations, &vec![UNWRITTEN; len])
+}
+
+/// The same for means, log-sum-exps, losses and the like.
+fn unwritten_statistics<D: Device>(device: &mut D, len: usize) -> Result<D::Buffer> {
+    upload(device, Role::Statistics, &vec![UNWRITTEN; len])
 }
 
 /// See [`unwritten`].
