@@ -8,24 +8,25 @@
 //   band_outer_sum  dP (+)= sum over shares, in order, in the band; 0 in every other slot
 //
 // Shapes: x, y, pre, wide, narrow: [M, N] or [M, W]; bias [W] or [N]; P and dP packed as `Band::table` says. The table's
-//   lists (see src/backend/cuda/band.rs): for each tile of 128 narrow columns the panels that touch it; the tiles of the
-//   outer product as (pair of panels, first column). ALIGNED: N and W are multiples of LANES.
+//   lists (see src/backend/cuda/band.rs): for each tile of narrow columns the panels that touch it; the tiles of the outer
+//   product as (group of panels, first column). ALIGNED: N and W are multiples of LANES.
 // Dtypes: Element operands and results, float bias and dP, sums in float.
-// Grid: 256 threads, 8 warps as 4 x 2, each with 32 x 64 results (32 x OUTER_COLS/2 in band_outer), STAGES tiles on their way.
-//   expand: for each tile of 128 rows the pairs of panels; contract: for each tile of 128 rows the tiles of 128 columns; outer
-//   (its list, shares); outer_sum one block of 128 threads per wide row.
+// Grid: a block has BLOCK_ROWS x BLOCK_COLS results, a warp of it WARP_ROWS x WARP_COLS; STAGES tiles of DEPTH are on their
+//   way. expand: for each tile of rows the groups of BLOCK_COLS / 64 panels; contract: for each tile of rows the tiles of
+//   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row.
 // Determinism: every result is summed by one warp in order of the depth; shares are added in order.
 // Caller: src/backend/cuda/band.rs.
 
-[[maybe_unused]] constexpr int THREADS = 256;
-[[maybe_unused]] constexpr int BLOCK_ROWS = 128;
-[[maybe_unused]] constexpr int BLOCK_COLS = 128;
-[[maybe_unused]] constexpr int MT = 2;
-[[maybe_unused]] constexpr int PANEL_ROWS = 64;
-// Rows of the batch that a stage of band_outer holds.
-[[maybe_unused]] constexpr int OUTER_DEPTH = 32;
-// Floats between rows of a tile of results: an eighth of the banks further each, so that a warp's stores spread over all.
-constexpr int RESULT_STRIDE = BLOCK_COLS + 8;
+constexpr int WARPS_DOWN = BLOCK_ROWS / WARP_ROWS;
+constexpr int THREADS = 32 * WARPS_DOWN * (BLOCK_COLS / WARP_COLS);
+constexpr int MT = WARP_ROWS / 16;
+constexpr int NT = WARP_COLS / 8;
+// A warp with many results has few registers for more than a step of the product at a time.
+constexpr int BAND_UNROLL = MT * NT >= 32 && UNROLL > 2 ? 2 : UNROLL;
+constexpr int PANEL_ROWS = 64;
+[[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
+// Floats between rows of a tile of results: a quarter of the banks further each, so that a warp's stores spread over all.
+[[maybe_unused]] constexpr int RESULT_STRIDE = BLOCK_COLS + 8;
 
 struct Panel {
     int row, rows, col, cols, offset;
@@ -40,46 +41,69 @@ __device__ __forceinline__ Panel panel_at(const u32* table, int index) {
     return Panel{(int)words[0], (int)words[1], (int)words[2], (int)words[3], (int)words[4]};
 }
 
-// Panels 2 * pair and the next; where there is none it is empty.
-struct Pair {
+// `Count` (1 or 2) neighbouring panels; where there is no second it is empty.
+template <int Count>
+struct Group {
     Panel upper, lower;
-    int first, end;  // the columns that either touches
+    int first, end;  // the columns that any of them touches
+
+    __device__ __forceinline__ Group(const u32* table, int index) {
+        upper = panel_at(table, Count * index);
+        lower = Panel{upper.row + PANEL_ROWS, 0, 0, 0, 0};
+        if (Count == 2 && 2 * index + 1 < (int)table[2]) lower = panel_at(table, 2 * index + 1);
+        first = upper.cols == 0 ? lower.col : lower.cols == 0 ? upper.col : min(upper.col, lower.col);
+        end = max(upper.end(), lower.end());
+    }
+
+    // The panel that row (or column) `at` of the group's wide rows belongs to.
+    __device__ __forceinline__ Panel of(int at) const {
+        return Count == 1 || at < PANEL_ROWS ? upper : lower;
+    }
 };
 
-__device__ __forceinline__ Pair pair_at(const u32* table, int pair) {
-    Panel a = panel_at(table, 2 * pair);
-    Panel b = {a.row + PANEL_ROWS, 0, 0, 0, 0};
-    if (2 * pair + 1 < (int)table[2]) b = panel_at(table, 2 * pair + 1);
-    int first = a.cols == 0 ? b.col : b.cols == 0 ? a.col : min(a.col, b.col);
-    return Pair{a, b, first, max(a.end(), b.end())};
-}
-
-// The tiles of 8 columns, of those of a warp from `col`, that a panel's window covers: windows are multiples of 16 columns.
+// The tiles of 8 columns, of those of a warp from `col`, that [first, end) covers: windows are multiples of 16 columns.
 struct Covered {
     int begin, end;
+
+    __device__ __forceinline__ Covered(int first, int last, int col) {
+        begin = min(max(first - col, 0), WARP_COLS) / 8;
+        end = min(max(last - col, 0), WARP_COLS) / 8;
+    }
+
+    __device__ __forceinline__ bool all() const {
+        return begin == 0 && end == NT;
+    }
 };
 
-__device__ __forceinline__ Covered covered(const Panel& panel, int col, int cols) {
-    int begin = min(max(panel.col - col, 0), cols), end = min(max(panel.end() - col, 0), cols);
-    return Covered{begin / 8, end / 8};
+// acc += left right over Depth, for the covered tiles. Where all are covered there is nothing to ask between the steps.
+template <int Depth, class Left, class Right>
+__device__ __forceinline__ void multiply_covered(float (&acc)[MT][NT][4], const Left& left, const Right& right,
+                                                 const Covered& tiles) {
+    if (tiles.all()) {
+#pragma unroll BAND_UNROLL
+        for (int k = 0; k < Depth; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
+    } else if (tiles.begin < tiles.end) {
+#pragma unroll 1
+        for (int k = 0; k < Depth; k += KSTEP) multiply<MT, NT>(acc, left, right, k, tiles.begin, tiles.end);
+    }
 }
 
-// Starts to copy rows [row, row + Rows) x columns [col, col + Cols) of a panel, `col` counting as the narrow axis does.
-template <int Cols, int Rows>
-__device__ __forceinline__ void stage_panel(const Tile<Rows>& tile, int tile_row, int count, const Element* weights,
-                                            const Panel& panel, int row, int col) {
+// Starts to copy rows [row, row + Count) x columns [col, col + Cols) of a panel to the tile's rows from `tile_row`; `col`
+// counts as the narrow axis does.
+template <int Count, int Cols, int Rows>
+__device__ __forceinline__ void stage_panel(const Tile<Rows>& tile, int tile_row, const Element* weights, const Panel& panel,
+                                            int row, int col) {
     constexpr int chunks = Cols / LANES;
-    for (int i = threadIdx.x; i < count * chunks; i += THREADS) {
+    const Element* source = weights + panel.offset + row * panel.cols + col - panel.col;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < Count * chunks; i += THREADS) {
         int r = i / chunks, c = i % chunks * LANES;
-        int from = col + c - panel.col;
-        bool valid = row + r < panel.rows && from >= 0 && from < panel.cols;
-        const Element* source = valid ? weights + panel.offset + (row + r) * panel.cols + from : weights;
-        copy_async(tile.at(tile_row + r, c), source, valid);
+        bool valid = row + r < panel.rows && col + c >= panel.col && col + c < panel.end();
+        copy_async(tile.at(tile_row + r, c), valid ? source + r * panel.cols + c : weights, valid);
     }
 }
 
 // A warp's results to the tile of results in shared memory.
-template <int NT>
 __device__ __forceinline__ void spill_results(float* results, const float (&acc)[MT][NT][4], int row, int col) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -93,32 +117,31 @@ __device__ __forceinline__ void spill_results(float* results, const float (&acc)
     }
 }
 
-// Neighbours that a thread finishes at once.
-[[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
+#if defined(EXPAND)
 
-#if defined(EPILOGUE)
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     band_expand(Element* y, Element* pre, const Element* x, const Element* weights, const float* bias, const u32* table,
                 int rows) {
-    constexpr int NT = 8;
+    constexpr int PANELS = BLOCK_COLS / PANEL_ROWS;
+    constexpr int STAGE_BYTES = (BLOCK_ROWS + BLOCK_COLS) * 128;
+    static_assert(WARP_COLS == PANEL_ROWS && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
     SHARED_MEMORY(shared);
-    int narrow = table[0], wide = table[1];
-    int pairs = ceil_div(table[2], 2);
-    Pair pair = pair_at(table, blockIdx.x % pairs);
-    int row0 = blockIdx.x / pairs * BLOCK_ROWS;
-    int warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
-    Panel own = warp / 4 == 0 ? pair.upper : pair.lower;
-    int steps = ceil_div(pair.end - pair.first, SEGMENT);
+    int narrow = table[0], wide = table[1], groups = ceil_div(table[2], PANELS);
+    Group<PANELS> group(table, blockIdx.x % groups);
+    int row0 = blockIdx.x / groups * BLOCK_ROWS;
+    int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
+    Panel own = group.of(warp_col);
+    int steps = ceil_div(group.end - group.first, DEPTH);
 
-    auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * (BLOCK_ROWS + BLOCK_COLS) * 128}; };
+    auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * STAGE_BYTES}; };
     auto p_tile = [&](int step) { return Tile<BLOCK_COLS>{x_tile(step).base + BLOCK_ROWS * 128}; };
+    const Element* x_rows = x + (long long)row0 * narrow;
     auto fetch = [&](int step) {
         if (step < steps) {
-            int col = pair.first + step * SEGMENT;
-            stage<SEGMENT, THREADS>(x_tile(step), x + (long long)row0 * narrow + col, narrow, rows - row0, narrow - col);
-            stage_panel<SEGMENT>(p_tile(step), 0, PANEL_ROWS, weights, pair.upper, 0, col);
-            stage_panel<SEGMENT>(p_tile(step), PANEL_ROWS, PANEL_ROWS, weights, pair.lower, 0, col);
+            int col = group.first + step * DEPTH;
+            stage<DEPTH, THREADS>(x_tile(step), x_rows + col, narrow, rows - row0, narrow - col);
+            stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), 0, weights, group.upper, 0, col);
+            if (PANELS == 2) stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), PANEL_ROWS, weights, group.lower, 0, col);
         }
         copy_async_commit();
     };
@@ -131,10 +154,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         fetch(step + STAGES - 1);
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
         Along<BLOCK_COLS> right{p_tile(step), warp_col};
-        int col = pair.first + step * SEGMENT;
-#pragma unroll UNROLL
-        for (int k = 0; k < SEGMENT; k += KSTEP) {
-            if (col + k >= own.col && col + k < own.end()) multiply<MT, NT>(acc, left, right, k);
+        int col = group.first + step * DEPTH;
+        if (col >= own.col && col + DEPTH <= own.end()) {
+#pragma unroll BAND_UNROLL
+            for (int k = 0; k < DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
+        } else {
+#pragma unroll 1
+            for (int k = max(own.col - col, 0); k < min(own.end() - col, DEPTH); k += KSTEP) {
+                multiply<MT, NT>(acc, left, right, k);
+            }
         }
     }
     copy_async_wait<0>();
@@ -143,7 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float* results = reinterpret_cast<float*>(shared);
     spill_results(results, acc, warp_row, warp_col);
     __syncthreads();
-    int col0 = pair.upper.row;
+    int col0 = group.upper.row;
+#pragma unroll ALIGNED ? 4 : 1
     for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / WIDTH; i += THREADS) {
         int r = i / (BLOCK_COLS / WIDTH), c = i % (BLOCK_COLS / WIDTH) * WIDTH;
         if (row0 + r >= rows || col0 + c >= wide) continue;
@@ -166,48 +195,54 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-#else
+#elif defined(CONTRACT)
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     band_contract(Element* y, const Element* x, const Element* weights, const float* bias, const u32* table, int tiles_at,
                   int rows) {
-    constexpr int NT = 8;
     // Stages that a panel's rows make.
-    constexpr int PER_PANEL = PANEL_ROWS / SEGMENT;
-    constexpr int STAGE_BYTES = BLOCK_ROWS * 128 + Tile<SEGMENT>::bytes(BLOCK_COLS);
+    constexpr int PER_PANEL = PANEL_ROWS / DEPTH;
+    constexpr int STAGE_BYTES = BLOCK_ROWS * 128 + Tile<DEPTH>::bytes(BLOCK_COLS);
+    static_assert(DEPTH == SEGMENT, "a stage has one segment");
     SHARED_MEMORY(shared);
-    int narrow = table[0], wide = table[1];
-    int tiles_across = ceil_div(narrow, BLOCK_COLS), tile = blockIdx.x % tiles_across;
+    // The columns that the panel of each stage on its way covers.
+    __shared__ int2 windows[STAGES];
+    int narrow = table[0], wide = table[1], tiles_across = ceil_div(narrow, BLOCK_COLS), tile = blockIdx.x % tiles_across;
     int col0 = tile * BLOCK_COLS, row0 = blockIdx.x / tiles_across * BLOCK_ROWS;
-    int warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * 64;
+    int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
     const u32* list = table + table[tiles_at + 2 * tile];
     int steps = table[tiles_at + 2 * tile + 1] * PER_PANEL;
 
     auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * STAGE_BYTES}; };
-    auto p_tile = [&](int step) { return Tile<SEGMENT>{x_tile(step).base + BLOCK_ROWS * 128}; };
+    auto p_tile = [&](int step) { return Tile<DEPTH>{x_tile(step).base + BLOCK_ROWS * 128}; };
+    const Element* x_rows = x + (long long)row0 * wide;
+    // The panel of the next stage to fetch is read a stage early: it is there when it is needed.
+    Panel coming = {};
+    auto read_ahead = [&](int step) {
+        if (step < steps) coming = panel_at(table, list[step / PER_PANEL]);
+    };
     auto fetch = [&](int step) {
         if (step < steps) {
-            Panel panel = panel_at(table, list[step / PER_PANEL]);
-            int row = step % PER_PANEL * SEGMENT;
-            const Element* source = x + (long long)row0 * wide + panel.row + row;
-            stage<SEGMENT, THREADS>(x_tile(step), source, wide, rows - row0, panel.rows - row);
-            stage_panel<BLOCK_COLS>(p_tile(step), 0, SEGMENT, weights, panel, row, col0);
+            int row = step % PER_PANEL * DEPTH;
+            stage<DEPTH, THREADS>(x_tile(step), x_rows + coming.row + row, wide, rows - row0, coming.rows - row);
+            stage_panel<DEPTH, BLOCK_COLS>(p_tile(step), 0, weights, coming, row, col0);
+            if (threadIdx.x == 0) windows[step % STAGES] = make_int2(coming.col, coming.end());
         }
         copy_async_commit();
+        read_ahead(step + 1);
     };
 
     float acc[MT][NT][4] = {};
+    read_ahead(0);
     for (int step = 0; step < STAGES - 1; step++) fetch(step);
     for (int step = 0; step < steps; step++) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();
+        int2 window = windows[step % STAGES];
         fetch(step + STAGES - 1);
-        Covered tiles = covered(panel_at(table, list[step / PER_PANEL]), col0 + warp_col, 64);
-        if (tiles.begin >= tiles.end) continue;
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
-        Across<SEGMENT> right{p_tile(step), warp_col};
-#pragma unroll UNROLL
-        for (int k = 0; k < SEGMENT; k += KSTEP) multiply<MT, NT>(acc, left, right, k, tiles.begin, tiles.end);
+        Across<DEPTH> right{p_tile(step), warp_col};
+        multiply_covered<DEPTH>(acc, left, right, Covered(window.x, window.y, col0 + warp_col));
     }
     copy_async_wait<0>();
     __syncthreads();
@@ -215,6 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float* results = reinterpret_cast<float*>(shared);
     spill_results(results, acc, warp_row, warp_col);
     __syncthreads();
+#pragma unroll ALIGNED ? 4 : 1
     for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / WIDTH; i += THREADS) {
         int r = i / (BLOCK_COLS / WIDTH), c = i % (BLOCK_COLS / WIDTH) * WIDTH;
         if (row0 + r >= rows || col0 + c >= narrow) continue;
@@ -229,31 +265,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#elif defined(OUTER)
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     band_outer(float* out, const Element* wide_values, const Element* narrow_values, const u32* table, int tiles_at, int rows,
                int share_rows, int packed_len, int add) {
-    constexpr int NT = OUTER_COLS / 16;
-    constexpr int WIDE_BYTES = Tile<OUTER_DEPTH>::bytes(BLOCK_COLS);
-    constexpr int STAGE_BYTES = WIDE_BYTES + Tile<OUTER_DEPTH>::bytes(OUTER_COLS);
+    constexpr int PANELS = BLOCK_ROWS / PANEL_ROWS;
+    constexpr int WIDE_BYTES = Tile<DEPTH>::bytes(BLOCK_ROWS);
+    constexpr int STAGE_BYTES = WIDE_BYTES + Tile<DEPTH>::bytes(BLOCK_COLS);
+    static_assert(PANEL_ROWS % WARP_ROWS == 0, "a warp's rows lie in one panel");
     SHARED_MEMORY(shared);
     int narrow = table[0], wide = table[1];
-    Pair pair = pair_at(table, table[tiles_at + 2 * blockIdx.x]);
-    int col0 = table[tiles_at + 2 * blockIdx.x + 1], row0 = pair.upper.row;
+    Group<PANELS> group(table, table[tiles_at + 2 * blockIdx.x]);
+    int col0 = table[tiles_at + 2 * blockIdx.x + 1], row0 = group.upper.row;
     int first = blockIdx.y * share_rows, end = min(rows, first + share_rows);
-    int warp = threadIdx.x / 32, warp_row = warp % 4 * 32, warp_col = warp / 4 * (OUTER_COLS / 2);
-    Panel own = warp_row < PANEL_ROWS ? pair.upper : pair.lower;
-    Covered tiles = covered(own, col0 + warp_col, OUTER_COLS / 2);
-    int steps = ceil_div(end - first, OUTER_DEPTH);
+    int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
+    Panel own = group.of(warp_row);
+    Covered tiles(own.col, own.end(), col0 + warp_col);
+    int steps = ceil_div(end - first, DEPTH);
 
-    auto wide_tile = [&](int step) { return Tile<OUTER_DEPTH>{shared + step % STAGES * STAGE_BYTES}; };
-    auto narrow_tile = [&](int step) { return Tile<OUTER_DEPTH>{wide_tile(step).base + WIDE_BYTES}; };
+    auto wide_tile = [&](int step) { return Tile<DEPTH>{shared + step % STAGES * STAGE_BYTES}; };
+    auto narrow_tile = [&](int step) { return Tile<DEPTH>{wide_tile(step).base + WIDE_BYTES}; };
     auto fetch = [&](int step) {
         if (step < steps) {
-            int m = first + step * OUTER_DEPTH;
+            int m = first + step * DEPTH;
             const Element* left = wide_values + (long long)m * wide + row0;
             const Element* right = narrow_values + (long long)m * narrow + col0;
-            stage<BLOCK_COLS, THREADS>(wide_tile(step), left, wide, end - m, wide - row0);
-            stage<OUTER_COLS, THREADS>(narrow_tile(step), right, narrow, end - m, narrow - col0);
+            stage<BLOCK_ROWS, THREADS>(wide_tile(step), left, wide, end - m, wide - row0);
+            stage<BLOCK_COLS, THREADS>(narrow_tile(step), right, narrow, end - m, narrow - col0);
         }
         copy_async_commit();
     };
@@ -264,11 +303,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         copy_async_wait<STAGES - 2>();
         __syncthreads();
         fetch(step + STAGES - 1);
-        if (tiles.begin >= tiles.end) continue;
-        Across<OUTER_DEPTH> left{wide_tile(step), warp_row};
-        Across<OUTER_DEPTH> right{narrow_tile(step), warp_col};
-#pragma unroll UNROLL
-        for (int k = 0; k < OUTER_DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k, tiles.begin, tiles.end);
+        Across<DEPTH> left{wide_tile(step), warp_row};
+        Across<DEPTH> right{narrow_tile(step), warp_col};
+        multiply_covered<DEPTH>(acc, left, right, tiles);
     }
 
     bool shared_out = gridDim.y > 1;
@@ -310,6 +347,7 @@ extern "C" __global__ void band_outer_sum(float* out, const float* shares, const
         int col = panel.col + c;
         float sum = 0.0f;
         if (col >= from && col < to) {
+#pragma unroll 4
             for (int share = 0; share < count; share++) sum += shares[(long long)share * packed_len + base + c];
             if (add) sum += out[base + c];
         }

@@ -306,7 +306,7 @@ struct Across {
 template <int Cols, int Threads, int Rows>
 __device__ __forceinline__ void stage(const Tile<Rows>& tile, const Element* matrix, long long stride, int rows, int cols) {
     constexpr int chunks = Cols / LANES;
-#pragma unroll ALIGNED ? 8 : 1
+#pragma unroll ALIGNED ? 4 : 1
     for (int i = threadIdx.x; i < Rows * chunks; i += Threads) {
         int row = i / chunks, col = i % chunks * LANES;
 #if ALIGNED

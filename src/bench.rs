@@ -163,13 +163,12 @@ pub fn kernels<B: Backend>(
     let mut times = Vec::new();
     for (index, product) in PRODUCTS.into_iter().enumerate() {
         let mut samples = vec![Vec::with_capacity(repeats); 1 + banded.len()];
-        for repeat in 0..=repeats {
+        for repeat in 0..repeats + WARM_UPS {
             let mut took = vec![timed(backend, |backend| dense.dense(backend, index, rows, n, w))?];
             for (layer, table, _) in &mut banded {
                 took.push(timed(backend, |backend| layer.banded(backend, index, table, rows))?);
             }
-            // The first round warms up.
-            if repeat > 0 {
+            if repeat >= WARM_UPS {
                 samples.iter_mut().zip(took).for_each(|(samples, took)| samples.push(took));
             }
         }
@@ -220,14 +219,24 @@ pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repe
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let tokens: Vec<u32> = (0..=b * t).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
     let mut samples = Vec::with_capacity(repeats);
-    for repeat in 0..=repeats {
+    for repeat in 0..repeats + WARM_UPS {
         let start = Instant::now();
         model.upload_batch(&mut acts, &tokens[..b * t], &tokens[1..])?;
         optimizer.micro_step(&mut model, &mut acts, 0, 1)?;
         optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-4)?.collect(&mut model)?;
-        if repeat > 0 {
+        if repeat >= WARM_UPS {
             samples.push(start.elapsed().as_secs_f64());
         }
+    }
+    if std::env::var_os("BT_PROFILE").is_some() && model.backend().profile_start()? {
+        model.upload_batch(&mut acts, &tokens[..b * t], &tokens[1..])?;
+        optimizer.micro_step(&mut model, &mut acts, 0, 1)?;
+        optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-4)?.collect(&mut model)?;
+        let times = model.backend().profile_finish()?;
+        for t in &times {
+            eprintln!("{:26} {:48} {:5} {:9.4} ms", t.op, t.kernel, t.count, t.seconds * 1e3);
+        }
+        eprintln!("total {:.3} ms", times.iter().map(|t| t.seconds).sum::<f64>() * 1e3);
     }
     let seconds = median(samples);
     let flops = 6.0 * model.table().count(config) as f64 * (b * t) as f64;
@@ -240,12 +249,18 @@ pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repe
     })
 }
 
-/// Seconds that recorded work takes until the device is idle.
-fn timed<B: Backend>(backend: &mut B, work: impl FnOnce(&mut B) -> Result<()>) -> Result<f64> {
+/// Rounds that do not count: in the first kernels are compiled, in the second what comes again may be captured.
+const WARM_UPS: usize = 2;
+
+/// Seconds that recorded work takes, the mean of as many runs in one go as make the wait for the last of no weight.
+fn timed<B: Backend>(backend: &mut B, mut work: impl FnMut(&mut B) -> Result<()>) -> Result<f64> {
+    let runs = if B::SYNCHRONOUS { 1 } else { 20 };
     let start = Instant::now();
-    work(backend)?;
+    for _ in 0..runs {
+        work(backend)?;
+    }
     backend.sync()?;
-    Ok(start.elapsed().as_secs_f64())
+    Ok(start.elapsed().as_secs_f64() / f64::from(runs))
 }
 
 fn median(mut samples: Vec<f64>) -> f64 {

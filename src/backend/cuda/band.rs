@@ -3,26 +3,96 @@
 use super::buffer::{Buffer, Element};
 use super::{Cuda, Unit, args, unit};
 use crate::backend::{Arithmetic, BandLinear, BiasGrad, Expansion, Write};
-use crate::band::Band;
+use crate::band::{Band, PANEL_ROWS, Panel};
 use crate::error::Result;
 use crate::shapes::Span;
 
-const THREADS: usize = 256;
-/// Rows and columns of a block's results; a row of results in shared memory has so many more floats.
-const BLOCK: usize = 128;
-const RESULT_PADDING: usize = 8;
 /// Bytes of a row of a tile in shared memory.
 const TILE_ROW: usize = 128;
-/// Rows of the batch that a stage of the outer product holds.
-const OUTER_DEPTH: usize = 32;
-/// Columns that a block of the outer product may have, the widest first.
-const OUTER_COLS: [usize; 3] = [128, 96, 64];
-/// Tiles that are on their way to shared memory or there.
-const STAGES: usize = 3;
+/// A row of results in shared memory has so many floats more than columns.
+const RESULT_PADDING: usize = 8;
 /// Threads that sum a wide row's shares.
 const SUM_THREADS: usize = 128;
 /// Rows of the batch that a share of the outer product has at least.
 const MIN_SHARE_ROWS: usize = 256;
+/// Shares have a multiple of so many rows: of every depth of a stage.
+const SHARE_ALIGN: usize = 64;
+
+/// How a product is cut; see the header of `kernels/band.cu`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Cut {
+    rows: usize,
+    cols: usize,
+    warp_rows: usize,
+    warp_cols: usize,
+    depth: usize,
+    stages: usize,
+    /// Blocks that a multiprocessor should hold at once: what registers are dealt out by.
+    blocks: usize,
+}
+
+impl Cut {
+    const fn new([rows, cols]: [usize; 2], [warp_rows, warp_cols]: [usize; 2], depth: usize, stages: usize, blocks: usize) -> Self {
+        Self { rows, cols, warp_rows, warp_cols, depth, stages, blocks }
+    }
+
+    fn threads(self) -> usize {
+        32 * (self.rows / self.warp_rows) * (self.cols / self.warp_cols)
+    }
+
+    /// The unit of one product.
+    fn unit(self, arithmetic: Arithmetic, aligned: bool, product: &'static str) -> Unit {
+        unit("band", arithmetic, aligned).with(&[
+            (product, 1usize.into()),
+            ("BLOCK_ROWS", self.rows.into()),
+            ("BLOCK_COLS", self.cols.into()),
+            ("WARP_ROWS", self.warp_rows.into()),
+            ("WARP_COLS", self.warp_cols.into()),
+            ("DEPTH", self.depth.into()),
+            ("STAGES", self.stages.into()),
+            ("MIN_BLOCKS", self.blocks.into()),
+        ])
+    }
+
+    /// Shared memory of expand and contract: the stages, or the results that follow them.
+    fn product_shared(self) -> usize {
+        let stages = self.stages * (self.rows + self.cols) * TILE_ROW;
+        stages.max(4 * self.rows * (self.cols + RESULT_PADDING))
+    }
+
+    /// Shared memory of outer.
+    fn outer_shared(self, element: Element) -> usize {
+        let tile = |cols: usize| (cols * element.bytes()).next_multiple_of(TILE_ROW) * self.depth;
+        self.stages * (tile(self.rows) + tile(self.cols))
+    }
+}
+
+/// How each product is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cuts {
+    expand: Cut,
+    contract: Cut,
+    /// Of several for the outer product, the one that wastes the least at the edges of a band's windows.
+    outer: [Cut; 3],
+}
+
+impl Cuts {
+    /// What suits an arithmetic. A stage of expand and contract is one row of a tile deep.
+    pub(super) fn of(arithmetic: Arithmetic) -> Self {
+        match arithmetic {
+            Arithmetic::Bf16 => Self {
+                expand: Cut::new([128, 128], [64, 64], 64, 3, 2),
+                contract: Cut::new([128, 128], [64, 64], 64, 3, 2),
+                outer: [128, 96, 64].map(|cols| Cut::new([128, cols], [64, cols / 2], 32, 4, 2)),
+            },
+            _ => Self {
+                expand: Cut::new([128, 128], [32, 64], 32, 3, 1),
+                contract: Cut::new([128, 128], [32, 64], 32, 3, 1),
+                outer: [128, 96, 64].map(|cols| Cut::new([128, cols], [32, cols / 2], 32, 3, 1)),
+            },
+        }
+    }
+}
 
 /// A band's geometry on the device: [`Band::table`]; then for each tile of 128 narrow columns the place and the number of the
 /// panels that touch it, and those panels; then the tiles of the outer product, as pairs of panels and first columns.
@@ -35,7 +105,7 @@ pub struct Table {
     contract_at: usize,
     outer_at: usize,
     outer_tiles: usize,
-    outer_cols: usize,
+    outer: Cut,
 }
 
 /// Lists that follow the table, with where they start in words.
@@ -44,20 +114,20 @@ struct Lists {
     contract_at: usize,
     outer_at: usize,
     outer_tiles: usize,
-    outer_cols: usize,
+    outer: Cut,
 }
 
 impl Lists {
-    fn new(band: &Band) -> Self {
+    fn new(band: &Band, cuts: &Cuts) -> Self {
         let mut words = band.table();
         let contract_at = words.len();
+        let cols = cuts.contract.cols;
         let panels_of = |start: usize| -> Vec<u32> {
-            let touches = |(_, p): &(usize, &crate::band::Panel)| {
-                !p.is_empty() && p.col_start < start + BLOCK && p.col_start + p.cols > start
-            };
+            let touches =
+                |(_, p): &(usize, &Panel)| !p.is_empty() && p.col_start < start + cols && p.col_start + p.cols > start;
             band.panels().iter().enumerate().filter(touches).map(|(index, _)| index as u32).collect()
         };
-        let lists: Vec<Vec<u32>> = (0..band.narrow()).step_by(BLOCK).map(panels_of).collect();
+        let lists: Vec<Vec<u32>> = (0..band.narrow()).step_by(cols).map(panels_of).collect();
         let mut at = contract_at + 2 * lists.len();
         for list in &lists {
             words.extend([at as u32, list.len() as u32]);
@@ -65,22 +135,23 @@ impl Lists {
         }
         words.extend(lists.into_iter().flatten());
         let outer_at = words.len();
-        let outer_cols = OUTER_COLS.into_iter().min_by_key(|&cols| outer_tiles(band, cols).len() * cols).unwrap_or(BLOCK);
-        let tiles = outer_tiles(band, outer_cols);
+        let waste = |cut: &Cut| outer_tiles(band, *cut).len() * cut.cols;
+        let outer = cuts.outer.into_iter().min_by_key(waste).unwrap_or(cuts.outer[0]);
+        let tiles = outer_tiles(band, outer);
         words.extend(tiles.iter().flatten());
-        Self { words, contract_at, outer_at, outer_tiles: tiles.len(), outer_cols }
+        Self { words, contract_at, outer_at, outer_tiles: tiles.len(), outer }
     }
 }
 
-/// Pairs of panels and first columns of the outer product's tiles of `cols` columns.
-fn outer_tiles(band: &Band, cols: usize) -> Vec<[u32; 2]> {
-    let pairs = band.panels().chunks(2).enumerate();
-    pairs
-        .flat_map(|(pair, panels)| {
+/// Groups of panels and first columns of the outer product's tiles.
+fn outer_tiles(band: &Band, cut: Cut) -> Vec<[u32; 2]> {
+    let groups = band.panels().chunks(cut.rows / PANEL_ROWS).enumerate();
+    groups
+        .flat_map(|(group, panels)| {
             let touched = panels.iter().filter(|panel| !panel.is_empty());
             let first = touched.clone().map(|panel| panel.col_start).min().unwrap_or(0);
             let end = touched.map(|panel| panel.col_start + panel.cols).max().unwrap_or(0);
-            (first..end).step_by(cols).map(move |col| [pair as u32, col as u32])
+            (first..end).step_by(cut.cols).map(move |col| [group as u32, col as u32])
         })
         .collect()
 }
@@ -88,14 +159,14 @@ fn outer_tiles(band: &Band, cols: usize) -> Vec<[u32; 2]> {
 /// Shares of the batch's rows so that `tiles` blocks keep `multiprocessors` busy: (shares, rows of each).
 fn shares(tiles: usize, rows: usize, multiprocessors: usize) -> (usize, usize) {
     let wanted = (2 * multiprocessors).div_ceil(tiles.max(1)).min(rows / MIN_SHARE_ROWS).max(1);
-    let share_rows = rows.div_ceil(wanted).next_multiple_of(OUTER_DEPTH);
+    let share_rows = rows.div_ceil(wanted).next_multiple_of(SHARE_ALIGN);
     (rows.div_ceil(share_rows).max(1), share_rows)
 }
 
 /// The most memory that the shares of an outer product over `narrow` channels take: fewer tiles than are wanted leave room for
 /// at most as many shares again.
 pub(super) fn most_share_bytes(narrow: usize, multiprocessors: usize) -> usize {
-    let tiles = 2 * (2 * multiprocessors) * BLOCK * BLOCK;
+    let tiles = 2 * (2 * multiprocessors) * 128 * 128;
     4 * tiles.max(4 * narrow * narrow)
 }
 
@@ -110,34 +181,11 @@ impl Table {
     }
 }
 
-fn products_unit(arithmetic: Arithmetic, aligned: bool, outer_cols: usize) -> Unit {
-    unit("band", arithmetic, aligned).with(&[("STAGES", STAGES.into()), ("OUTER_COLS", outer_cols.into())])
-}
-
-fn expand_unit(arithmetic: Arithmetic, aligned: bool, epilogue: usize) -> Unit {
-    unit("band", arithmetic, aligned).with(&[("STAGES", STAGES.into()), ("EPILOGUE", epilogue.into())])
-}
-
-/// Bytes of a tile with `rows` rows of `cols` elements.
-fn tile_bytes(arithmetic: Arithmetic, rows: usize, cols: usize) -> usize {
-    (cols * Element::of(arithmetic).bytes()).next_multiple_of(TILE_ROW) * rows
-}
-
-/// Shared memory of expand and contract: the stages, or the results that follow them.
-fn product_shared() -> usize {
-    (STAGES * 2 * BLOCK * TILE_ROW).max(4 * BLOCK * (BLOCK + RESULT_PADDING))
-}
-
-fn outer_shared(arithmetic: Arithmetic, outer_cols: usize) -> usize {
-    let tile = |cols| tile_bytes(arithmetic, OUTER_DEPTH, cols);
-    STAGES * (tile(BLOCK) + tile(outer_cols))
-}
-
 impl BandLinear for Cuda {
     type Table = Table;
 
     fn band_table(&mut self, band: &Band) -> Result<Table> {
-        let Lists { words, contract_at, outer_at, outer_tiles, outer_cols } = Lists::new(band);
+        let Lists { words, contract_at, outer_at, outer_tiles, outer } = Lists::new(band, &self.band_cuts);
         let buffer = self.create(Element::F32, "band table", words.len())?;
         let to = buffer.f32s(words.len())?;
         self.copy_words(to, &words)?;
@@ -150,7 +198,7 @@ impl BandLinear for Cuda {
             contract_at,
             outer_at,
             outer_tiles,
-            outer_cols,
+            outer,
         })
     }
 
@@ -173,10 +221,11 @@ impl BandLinear for Cuda {
         };
         let (y, x) = (self.activation(y, rows * w)?, self.activation(x, rows * n)?);
         let weights = self.operand(params, panels)?;
-        let unit = expand_unit(self.arithmetic, table.is_aligned(self.element()), epilogue);
-        let grid = [rows.div_ceil(BLOCK) * table.panels.div_ceil(2), 1, 1];
+        let cut = self.band_cuts.expand;
+        let unit = expand_unit(cut, self.arithmetic, table.is_aligned(self.element()), epilogue);
+        let grid = [rows.div_ceil(cut.rows) * table.panels.div_ceil(cut.cols / PANEL_ROWS), 1, 1];
         let args = args![y, pre, x, weights, bias, table.words()?, rows];
-        self.launch("band_expand", &unit, "band_expand", grid, THREADS, product_shared(), args);
+        self.launch("band_expand", &unit, "band_expand", grid, cut.threads(), cut.product_shared(), args);
         Ok(())
     }
 
@@ -194,10 +243,11 @@ impl BandLinear for Cuda {
         let (y, x) = (self.activation(y, rows * n)?, self.activation(x, rows * w)?);
         let weights = self.operand(params, panels)?;
         let bias = bias.map_or(Ok(0), |bias| params.part(Element::F32, bias))?;
-        let unit = products_unit(self.arithmetic, table.is_aligned(self.element()), table.outer_cols);
-        let grid = [rows.div_ceil(BLOCK) * n.div_ceil(BLOCK), 1, 1];
+        let cut = self.band_cuts.contract;
+        let unit = cut.unit(self.arithmetic, table.is_aligned(self.element()), "CONTRACT");
+        let grid = [rows.div_ceil(cut.rows) * n.div_ceil(cut.cols), 1, 1];
         let args = args![y, x, weights, bias, table.words()?, table.contract_at, rows];
-        self.launch("band_contract", &unit, "band_contract", grid, THREADS, product_shared(), args);
+        self.launch("band_contract", &unit, "band_contract", grid, cut.threads(), cut.product_shared(), args);
         Ok(())
     }
 
@@ -225,11 +275,11 @@ impl BandLinear for Cuda {
             1 => out,
             _ => self.scratch("shares of a product", Element::F32, count * packed)?,
         };
-        let unit = products_unit(self.arithmetic, table.is_aligned(self.element()), table.outer_cols);
-        let shared = outer_shared(self.arithmetic, table.outer_cols);
+        let unit = table.outer.unit(self.arithmetic, table.is_aligned(self.element()), "OUTER");
+        let (threads, shared) = (table.outer.threads(), table.outer.outer_shared(self.element()));
         let grid = [table.outer_tiles, count, 1];
         let args = args![target, wide, narrow, table.words()?, table.outer_at, rows, share_rows, packed, write];
-        self.launch(OP, &unit, "band_outer", grid, THREADS, shared, args);
+        self.launch(OP, &unit, "band_outer", grid, threads, shared, args);
         if count > 1 {
             let args = args![out, target, table.words()?, count, packed, write];
             self.launch(OP, &unit, "band_outer_sum", [w, 1, 1], SUM_THREADS, 0, args);
@@ -238,17 +288,24 @@ impl BandLinear for Cuda {
     }
 }
 
+fn expand_unit(cut: Cut, arithmetic: Arithmetic, aligned: bool, epilogue: usize) -> Unit {
+    cut.unit(arithmetic, aligned, "EXPAND").with(&[("EPILOGUE", epilogue.into())])
+}
+
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
+    let Cuts { expand, contract, outer } = Cuts::of(arithmetic);
     let mut units = Vec::new();
     for aligned in [true, false] {
         for epilogue in [1, 2] {
-            units.push((expand_unit(arithmetic, aligned, epilogue), "band_expand", THREADS, product_shared()));
+            let unit = expand_unit(expand, arithmetic, aligned, epilogue);
+            units.push((unit, "band_expand", expand.threads(), expand.product_shared()));
         }
-        for outer_cols in OUTER_COLS {
-            let unit = products_unit(arithmetic, aligned, outer_cols);
-            units.push((unit.clone(), "band_contract", THREADS, product_shared()));
-            units.push((unit.clone(), "band_outer", THREADS, outer_shared(arithmetic, outer_cols)));
+        let unit = contract.unit(arithmetic, aligned, "CONTRACT");
+        units.push((unit, "band_contract", contract.threads(), contract.product_shared()));
+        for cut in outer {
+            let unit = cut.unit(arithmetic, aligned, "OUTER");
+            units.push((unit.clone(), "band_outer", cut.threads(), cut.outer_shared(Element::of(arithmetic))));
             units.push((unit, "band_outer_sum", SUM_THREADS, 0));
         }
     }
@@ -262,12 +319,12 @@ mod tests {
     #[test]
     fn every_panel_is_listed_for_each_tile_that_it_touches() {
         let band = Band::new(300, 1200, 257).unwrap();
-        let lists = Lists::new(&band);
-        for (tile, start) in (0..300).step_by(BLOCK).enumerate() {
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
+        for (tile, start) in (0..300).step_by(128).enumerate() {
             let (at, count) = (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
             let listed = &lists.words[at as usize..][..count as usize];
             for (index, panel) in band.panels().iter().enumerate() {
-                let touches = (start..(start + BLOCK).min(300)).any(|i| panel.row_range().any(|j| band.contains(j, i)));
+                let touches = (start..(start + 128).min(300)).any(|i| panel.row_range().any(|j| band.contains(j, i)));
                 assert!(!touches || listed.contains(&(index as u32)), "tile {tile}, panel {index}");
             }
         }
@@ -276,12 +333,12 @@ mod tests {
     #[test]
     fn the_outer_tiles_cover_every_window() {
         let band = Band::new(512, 2048, 1024).unwrap();
-        let lists = Lists::new(&band);
-        assert_eq!((lists.outer_cols, lists.outer_tiles), (96, 48 - 2 - 2));
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
+        assert_eq!(lists.outer.cols, 96);
         for (index, panel) in band.panels().iter().enumerate() {
             let tiles = lists.words[lists.outer_at..].chunks(2).filter(|tile| tile[0] as usize == index / 2);
             let (first, last) = tiles.fold((usize::MAX, 0), |(first, last), tile| {
-                (first.min(tile[1] as usize), last.max(tile[1] as usize + lists.outer_cols))
+                (first.min(tile[1] as usize), last.max(tile[1] as usize + lists.outer.cols))
             });
             assert!(first <= panel.col_start && last >= panel.col_start + panel.cols);
         }
@@ -291,7 +348,7 @@ mod tests {
     fn shares_cover_the_rows_and_no_more() {
         for (tiles, rows) in [(44, 8192), (1, 8192), (1000, 8192), (4, 100), (1, 1)] {
             let (count, share_rows) = shares(tiles, rows, 132);
-            assert!(share_rows % OUTER_DEPTH == 0 && count * share_rows >= rows && (count - 1) * share_rows < rows);
+            assert!(share_rows % SHARE_ALIGN == 0 && count * share_rows >= rows && (count - 1) * share_rows < rows);
         }
         assert_eq!(shares(44, 8192, 132).0, 6);
     }

@@ -7,7 +7,7 @@ use super::blas::{Blas, Call};
 use super::compiler::{KernelId, Kernels};
 use super::driver::{Driver, Event, fault};
 use crate::backend::OpTime;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
@@ -39,11 +39,17 @@ pub(super) struct Tape {
     /// The known ones, the oldest first.
     order: VecDeque<Vec<Work>>,
     profile: Option<Vec<(Work, Event, Event)>>,
+    /// Wait for each piece of work, so that a fault is known by its kernel.
+    stepwise: bool,
 }
+
+/// Set to anything, makes each kernel be waited for: slow, but a fault of the card names the kernel it came in.
+const STEPWISE_VARIABLE: &str = "BANDTRAIN_CUDA_STEPWISE";
 
 impl Tape {
     pub(super) fn new() -> Self {
-        Self { works: Vec::new(), known: HashMap::new(), order: VecDeque::new(), profile: None }
+        let stepwise = std::env::var_os(STEPWISE_VARIABLE).is_some();
+        Self { works: Vec::new(), known: HashMap::new(), order: VecDeque::new(), profile: None, stepwise }
     }
 
     pub(super) fn push(&mut self, work: Work) {
@@ -68,6 +74,16 @@ impl Tape {
                 profile.push((work, start, end));
             }
             return Ok(());
+        }
+        if self.stepwise {
+            return works.iter().try_for_each(|work| {
+                run(work, driver, kernels, blas)?;
+                let name = match work {
+                    Work::Launch { kernel, .. } => kernels.name(*kernel).to_string(),
+                    Work::Product { call, .. } => blas.describe(call),
+                };
+                driver.sync().map_err(|error| Error::Device(format!("{name}: {error}")))
+            });
         }
         match self.known.get_mut(&works) {
             Some(Known::Graph(graph)) => graph.launch(driver),
