@@ -58,10 +58,14 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[1][NT][4], const f
     Tile<16> tile{scratch};
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     __syncwarp();
+    // In pairs: NVRTC (12.9 to 13.5) has been seen to take the chunk of an odd column for that column itself.
 #pragma unroll
     for (int k = 0; k < KT; k++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) tile.element(g + e / 2 * 8, 8 * k + 2 * t + e % 2) = weights[0][k][e];
+        for (int half = 0; half < 2; half++) {
+            float2* pair = reinterpret_cast<float2*>(&tile.element(g + 8 * half, 8 * k + 2 * t));
+            *pair = make_float2(weights[0][k][2 * half], weights[0][k][2 * half + 1]);
+        }
     }
     __syncwarp();
 #pragma unroll HEAD_UNROLL

@@ -339,6 +339,17 @@ __device__ __forceinline__ float value(const Across<Rows>& operand, int index, i
     return operand.tile.element(k, operand.first + index);
 }
 
+// Values at an even index and the next.
+template <int Rows>
+__device__ __forceinline__ float2 values(const Along<Rows>& operand, int index, int k) {
+    return make_float2(value(operand, index, k), value(operand, index + 1, k));
+}
+
+template <int Rows>
+__device__ __forceinline__ float2 values(const Across<Rows>& operand, int index, int k) {
+    return *reinterpret_cast<const float2*>(&operand.tile.element(k, operand.first + index));
+}
+
 // acc += left right over KSTEP of the depth from k, for the tiles [begin, end) of the NT across (multiples of 2).
 template <int MT, int NT, class Left, class Right>
 __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const Left& left, const Right& right, int k, int begin = 0,
@@ -355,13 +366,13 @@ __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const Left& le
 #pragma unroll
         for (int j = 0; j < NT; j++) {
             if (j < begin || j >= end) continue;
-            float b0 = value(right, 8 * j + 2 * t, k + step), b1 = value(right, 8 * j + 2 * t + 1, k + step);
+            float2 b = values(right, 8 * j + 2 * t, k + step);
 #pragma unroll
             for (int i = 0; i < MT; i++) {
-                acc[i][j][0] = fmaf(a[i][0], b0, acc[i][j][0]);
-                acc[i][j][1] = fmaf(a[i][0], b1, acc[i][j][1]);
-                acc[i][j][2] = fmaf(a[i][1], b0, acc[i][j][2]);
-                acc[i][j][3] = fmaf(a[i][1], b1, acc[i][j][3]);
+                acc[i][j][0] = fmaf(a[i][0], b.x, acc[i][j][0]);
+                acc[i][j][1] = fmaf(a[i][0], b.y, acc[i][j][1]);
+                acc[i][j][2] = fmaf(a[i][1], b.x, acc[i][j][2]);
+                acc[i][j][3] = fmaf(a[i][1], b.y, acc[i][j][3]);
             }
         }
     }

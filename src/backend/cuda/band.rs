@@ -81,9 +81,9 @@ impl Cuts {
     pub(super) fn of(arithmetic: Arithmetic) -> Self {
         match arithmetic {
             Arithmetic::Bf16 => Self {
-                expand: Cut::new([128, 128], [64, 64], 64, 3, 2),
+                expand: Cut::new([128, 128], [32, 64], 64, 3, 2),
                 contract: Cut::new([128, 128], [64, 64], 64, 3, 2),
-                outer: [128, 96, 64].map(|cols| Cut::new([128, cols], [64, cols / 2], 32, 4, 2)),
+                outer: [128, 96, 64].map(|cols| Cut::new([128, cols], [64, cols / 2], 64, 3, 2)),
             },
             _ => Self {
                 expand: Cut::new([128, 128], [32, 64], 32, 3, 1),
