@@ -128,8 +128,26 @@ pub fn worst(actual: &[f32], expected: &[f32], allowed: impl Fn(usize) -> f64) -
 
 /// The worst element when each may err by the tolerance times its magnitude plus the tensor's root mean square.
 pub fn compare(actual: &[f32], expected: &[f32], tolerance: Tolerance) -> Worst {
-    let rms = root_mean_square(expected);
+    compare_cancelled(actual, expected, tolerance, 0.0)
+}
+
+/// The same for a tensor that may cancel as a whole, so that its own root mean square tells nothing of the terms whose error
+/// it keeps: `terms` is a lower bound of theirs.
+pub fn compare_cancelled(actual: &[f32], expected: &[f32], tolerance: Tolerance, terms: f64) -> Worst {
+    let rms = root_mean_square(expected).max(terms);
     worst(actual, expected, |index| tolerance.0 * (f64::from(expected[index]).abs() + rms))
+}
+
+/// A lower bound of the root mean square of the terms that cancel in attention's gradients of queries and keys.
+///
+/// dQ = scale * sum over the keys of P (dP - delta) K, with dP = dout . V a sum of `head_size` products and delta its mean
+/// over the keys, weighted with P. A single key has P = 1 and delta = dP: dQ is 0 and keeps the error of scale * dP * K,
+/// whose root mean square is that of dout, V and K, times sqrt(head_size) for dP. Among T = `keys` weights that add up to 1
+/// the sum of squares is at least 1/T. dK is the same with Q for K.
+pub fn cancelling_scores(dout: &[f32], values: &[f32], others: &[f32], head_size: usize, keys: usize) -> f64 {
+    let scale = 1.0 / (head_size as f64).sqrt();
+    let dp = (head_size as f64).sqrt() * root_mean_square(dout) * root_mean_square(values);
+    scale * dp * root_mean_square(others) / (keys as f64).sqrt()
 }
 
 /// sqrt(mean of squares).
@@ -224,6 +242,21 @@ mod tests {
         assert_eq!(worst.index, 1);
         assert!(worst.ratio() > 1.0);
         assert!(compare(&[1.0, 2.0], &[1.0, 2.0], tolerance).ratio() == 0.0);
+    }
+
+    #[test]
+    fn a_tensor_that_cancels_keeps_the_error_of_its_terms_and_no_more() {
+        let (error, tolerance) = ([1e-6], Tolerance(1e-5));
+        assert!(compare(&error, &[0.0], tolerance).ratio() > 1.0);
+        let terms = cancelling_scores(&[1.0, -1.0], &[0.5, 0.5], &[2.0, -2.0], 2, 1);
+        assert!((terms - 1.0).abs() < 1e-12, "{terms}");
+        assert!(compare_cancelled(&error, &[0.0], tolerance, terms).ratio() < 1.0);
+        assert!(compare_cancelled(&[1e-4], &[0.0], tolerance, terms).ratio() > 1.0);
+        // Where little cancels the terms are no larger than the tensor, and nothing changes.
+        assert_eq!(
+            compare_cancelled(&[3.0, 4.1], &[3.0, 4.0], tolerance, 2.0),
+            compare(&[3.0, 4.1], &[3.0, 4.0], tolerance)
+        );
     }
 
     #[test]

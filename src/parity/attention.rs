@@ -1,9 +1,9 @@
 //! Cases of attention: forward, backward, and over a cache.
 
-use super::{Case, Inputs, Output, Suite, fetch, unwritten, upload};
+use super::{Allowed, Case, Inputs, Output, Suite, fetch, unwritten, upload};
 use crate::backend::{Backend, KeyValues, Role, SequenceDims};
 use crate::error::Result;
-use crate::tolerance::{Tolerance, UNIT_F32};
+use crate::tolerance::{Tolerance, UNIT_F32, cancelling_scores};
 
 /// Scores of the inputs here lie within this of each other, nearly always.
 const SCORES: f64 = 16.0;
@@ -48,8 +48,9 @@ impl Case for AttentionCase {
         let (t, c) = (dims.tokens, dims.channels);
         let (len, statistics) = (dims.rows() * c, dims.rows() * dims.heads);
         let mut random = Inputs::new(4);
-        let qkv = upload(backend, Role::Activations, &random.normal(3 * len, 1.0))?;
-        let dout = upload(backend, Role::Activations, &random.normal(len, 1.0))?;
+        let (qkv_values, dout_values) = (random.normal(3 * len, 1.0), random.normal(len, 1.0));
+        let qkv = upload(backend, Role::Activations, &qkv_values)?;
+        let dout = upload(backend, Role::Activations, &dout_values)?;
         let (mut out, mut dqkv) = (unwritten(backend, len)?, unwritten(backend, 3 * len)?);
         let mut log_sum_exp = unwritten(backend, statistics)?;
         backend.attention_forward(&mut out, &mut log_sum_exp, &qkv, dims)?;
@@ -57,13 +58,19 @@ impl Case for AttentionCase {
         let forward = Tolerance::of_sums(UNIT_F32, [dims.head_size(), t, 8]).with_exp(SCORES);
         let backward = Tolerance::of_sums(UNIT_F32, [3 * dims.head_size(), 3 * t, 16]).with_exp(SCORES);
         let dqkv = fetch(backend, &dqkv, 3 * len)?;
-        let part = |which: usize| dqkv.chunks(c).skip(which).step_by(3).flatten().copied().collect::<Vec<_>>();
+        let part =
+            |of: &[f32], which: usize| of.chunks(c).skip(which).step_by(3).flatten().copied().collect::<Vec<_>>();
+        let [queries, keys, values] = [0, 1, 2].map(|which| part(&qkv_values, which));
+        let cancelling = |name, which, others: &[f32]| {
+            let terms = cancelling_scores(&dout_values, &values, others, dims.head_size(), t);
+            Output { allowed: Allowed::Cancelled(backward, terms), ..Output::new(name, part(&dqkv, which), backward) }
+        };
         Ok(vec![
             Output::new("out", fetch(backend, &out, len)?, forward),
             Output::new("log_sum_exp", fetch(backend, &log_sum_exp, statistics)?, forward),
-            Output::new("dq", part(0), backward),
-            Output::new("dk", part(1), backward),
-            Output::new("dv", part(2), backward),
+            cancelling("dq", 0, &keys),
+            cancelling("dk", 1, &queries),
+            Output::new("dv", part(&dqkv, 2), backward),
         ])
     }
 }

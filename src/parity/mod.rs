@@ -21,6 +21,8 @@ use rand_distr::{Distribution, StandardNormal};
 pub enum Allowed {
     /// Relative to the element and to the output's root mean square.
     Relative(Tolerance),
+    /// The same for an output that may cancel as a whole, with the root mean square of what cancels.
+    Cancelled(Tolerance, f64),
     /// A bound for each element.
     Each(Vec<f64>),
 }
@@ -131,6 +133,9 @@ impl<A: Backend, R: Backend> Suite<'_, A, R> {
 fn compare(case: &impl Case, actual: &Output, expected: &Output) -> Row {
     let worst = match &expected.allowed {
         Allowed::Relative(tolerance) => tolerance::compare(&actual.values, &expected.values, *tolerance),
+        Allowed::Cancelled(tolerance, terms) => {
+            tolerance::compare_cancelled(&actual.values, &expected.values, *tolerance, *terms)
+        }
         Allowed::Each(bounds) => tolerance::worst(&actual.values, &expected.values, |index| bounds[index]),
     };
     let wrong = |&(index, &zero): &(usize, &bool)| zero && actual.values[index] != 0.0;
