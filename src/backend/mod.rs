@@ -15,6 +15,7 @@ pub mod wgpu;
 use crate::band::Band;
 use crate::error::Result;
 use crate::shapes::Span;
+use serde::Serialize;
 
 /// What a buffer holds; a backend chooses the element type by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -160,6 +161,19 @@ impl AdamWStep {
     }
 }
 
+/// What one kernel (or library call) of an operation took on the device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OpTime {
+    /// The method of these traits that ran it, or its stem: "band_expand".
+    pub op: &'static str,
+    /// The kernel's own name.
+    pub kernel: String,
+    /// How often it ran.
+    pub count: usize,
+    /// All runs together.
+    pub seconds: f64,
+}
+
 /// Memory and transfers.
 pub trait Device {
     /// Device memory of one element type.
@@ -233,6 +247,22 @@ pub trait Device {
     /// # Errors
     /// As [`Device::upload`].
     fn sync(&mut self) -> Result<()>;
+
+    /// Starts to time every operation on the device; false when it cannot.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    fn profile_start(&mut self) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// Ends it: what each kernel (or library call) took, summed by name.
+    ///
+    /// # Errors
+    /// As [`Device::upload`].
+    fn profile_finish(&mut self) -> Result<Vec<OpTime>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Token and position embeddings.

@@ -36,6 +36,9 @@ pub enum Precision {
     F16,
 }
 
+/// The environment variable that changes the wgpu backend's tiles, for measuring others than the built-in ones.
+const TUNING: &str = "BANDTRAIN_WGPU_TUNING";
+
 /// The flags that choose a device, shared by all commands that compute.
 #[derive(Debug, Clone, clap::Args)]
 pub struct DeviceArgs {
@@ -77,7 +80,8 @@ pub fn with_backend<T: Task>(args: &DeviceArgs, task: T) -> Result<T::Output> {
     match backend {
         BackendName::Wgpu => {
             fp32_only(args.precision, "wgpu")?;
-            task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), ..Options::default() })?)
+            let tuning_changes = std::env::var_os(TUNING).map(|changes| changes.to_string_lossy().into_owned());
+            task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), tuning_changes, ..Options::default() })?)
         }
         BackendName::Cuda => {
             Err(Error::Device("this version of bandtrain has no cuda backend; use --backend wgpu or cpu".to_string()))

@@ -141,6 +141,7 @@ impl Embed for Wgpu {
         dims: SequenceDims,
         past: usize,
     ) -> Result<()> {
+        self.op = "embed_forward";
         let (c, limit) = (dims.channels, self.binding_len());
         let (vec, lanes) = lanes(c);
         let wte = embeddings.tokens;
@@ -169,6 +170,7 @@ impl Embed for Wgpu {
         dims: SequenceDims,
         write: Write,
     ) -> Result<()> {
+        self.op = "embed_backward";
         if tokens.count != dims.rows() {
             return Err(Error::Internal(format!("{} tokens for {} rows", tokens.count, dims.rows())));
         }
