@@ -12,8 +12,10 @@
 //   multiple of 32, with zeros. All head sizes and strides multiples of 4: loads by vec4 (`vec`).
 // Dtypes: f32 arithmetic; activations as stored; lse and delta f32.
 // Grid: one workgroup per (sequence, head, block of 64 queries; or of 64 keys for the key gradients). It walks over tiles
-//   of 32 of the other axis, skipping those that causality hides. Each of its 64/tm * 32/tn threads holds tm x tn scores
-//   and tm x (dim tn / 32) results; rows come in fours, `quad` being a four's number. Workgroup memory is 16 KiB at most.
+//   of `span` of the other axis, skipping those that causality hides. Each of its 64/tm * span/tn threads holds tm x tn
+//   scores and tm x (dim tn / span) results; rows come in fours, `quad` being a four's number. Where there is workgroup
+//   memory for the block's rows as a whole they are `held` there, else they come again for every tile, 16 elements of the
+//   head at a time, within 16 KiB.
 // Determinism: one thread sums each element in order; dQ is computed apart from dK and dV, so nothing is added atomically.
 // Caller: src/backend/wgpu/attention.rs.
 {% import "matrix.wgsl" as matrix %}
@@ -44,7 +46,7 @@ struct Params {
 
 @group(0) @binding(0) var<uniform> p: Params;
 {%- set stored = "vec4<Element>" if vec else "Element" %}
-{%- set across = 32 // tn %}
+{%- set across = span // tn %}
 {%- set quads = tm // 4 %}
 {%- set lanes4 = ["x", "y", "z", "w"] %}
 {%- if entry == "attention_append" %}
@@ -103,13 +105,14 @@ fn attention_delta(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocati
 {%- endif %}
 
 const BLOCK: u32 = 64u;
-const TILE: u32 = 32u;
+const TILE: u32 = {{ span }}u;
 
+{%- set depth = dim if held else 16 %}
 // Operands of a product by depth: the block's, and the tile's (or the tile's rows of `dim` elements).
-var<workgroup> block_part: array<vec4<f32>, 256>;
-var<workgroup> tile_part: array<vec4<f32>, {{ [128, spread * dim // 4] | max }}>;
-// P or dS: [32 of the tile][64 of the block].
-var<workgroup> weights: array<vec4<f32>, 512>;
+var<workgroup> block_part: array<vec4<f32>, {{ [1, held] | max * 16 * depth }}>;
+var<workgroup> tile_part: array<vec4<f32>, {{ [span * depth, spread * dim] | max // 4 }}>;
+// P or dS: [`span` of the tile][64 of the block].
+var<workgroup> weights: array<vec4<f32>, {{ 16 * span }}>;
 {{ matrix.loader("qkv", vec) }}
 {%- if cached %}{{ matrix.loader("keys", vec) }}{{ matrix.loader("values", vec) }}{% endif %}
 {%- if entry == "attention_forward" %}{{ matrix.storer("out", vec, "Element") }}
@@ -176,29 +179,40 @@ fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
 {#- the number of a thread's q-th four of block rows, and the first row or column of a four -#}
 {% macro quad(q) %}(ty + {{ q * (64 // tm) }}u){% endmacro %}
 {%- set fours = "vec4<u32>(0u, 1u, 2u, 3u)" %}
-{#- acc[block row, tile column] += the product of two operands over the head's elements -#}
-{% macro scores(acc, block_of, block0, tile_of, tile0) %}
-    for (var d0 = 0u; d0 < {{ dim }}u; d0 += 16u) {
-{{- matrix.stage_transposed("block_part", 64, 16, threads, block_of, block0, "d0", ", pair") }}
-{{- matrix.stage_transposed("tile_part", 32, 16, threads, tile_of, tile0, "d0", ", pair") }}
+{#- the block's operands, each at its place -#}
+{% macro hold(first, second) %}
+{%- if held %}
+{%- for of in [first, second][:held] %}
+{{- matrix.stage("block_part", loop.index0 * 16 * dim ~ "u", false, 64, dim, threads, of, "block0", "0u", ", pair") }}
+{%- endfor %}
+{%- endif %}
+{% endmacro %}
+{#- acc[block row, tile column] += the product of two operands over the head's elements; the block's is the `which`-th -#}
+{% macro scores(acc, which, block_of, tile_of) %}
+    for (var d0 = 0u; d0 < {{ dim }}u; d0 += {{ depth }}u) {
+{%- if not held %}
+{{- matrix.stage("block_part", "0u", false, 64, depth, threads, block_of, "block0", "d0", ", pair") }}
+{%- endif %}
+{{- matrix.stage("tile_part", "0u", false, span, depth, threads, tile_of, "tile0", "d0", ", pair") }}
     workgroupBarrier();
-{{- matrix.multiply(acc, "block_part", "0u", "tile_part", 64, 32, 16, tm, tn) }}
+{%- set at = which * 16 * dim if held else 0 %}
+{{- matrix.multiply(acc, "block_part", at ~ "u", "tile_part", "0u", 64, span, depth, tm, tn, unroll) }}
     workgroupBarrier();
     }
 {% endmacro %}
 {#- acc[block row, d] += the weights' product with the tile's rows, `spread` rows at a time -#}
-{% macro spread_over(acc, tile_of, tile0) %}
+{% macro spread_over(acc, tile_of) %}
     for (var t0 = 0u; t0 < TILE; t0 += {{ spread }}u) {
-{{- matrix.stage_direct("tile_part", dim, spread, threads, tile_of, tile0 ~ " + t0", "0u", ", pair") }}
+{{- matrix.stage("tile_part", "0u", true, dim, spread, threads, tile_of, "0u", "tile0 + t0", ", pair") }}
     workgroupBarrier();
-{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", 64, dim, spread, tm, dim // across) }}
+{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", "0u", 64, dim, spread, tm, dim // across, unroll) }}
     workgroupBarrier();
     }
 {% endmacro %}
 {#- the thread's scores go to `weights`, transposed -#}
 {% macro keep(acc) %}
 {%- for q in range(quads) %}{% for j in range(tn // 4) %}{% for lane in lanes4 %}
-    weights[({{ matrix.col(j, 32, tn) }} + {{ loop.index0 }}u) * 16u + {{ quad(q) }}] = vec4<f32>(
+    weights[({{ matrix.col(j, span, tn) }} + {{ loop.index0 }}u) * 16u + {{ quad(q) }}] = vec4<f32>(
 {%- for i in range(4 * q, 4 * q + 4) %}{{ acc }}{{ i }}_{{ j }}.{{ lane }}, {% endfor %});
 {%- endfor %}{% endfor %}{% endfor %}
 {% endmacro %}
@@ -207,24 +221,24 @@ fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
 fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let group = group_index(id);
     if (group >= p.end) { return; }
-    let tx = thread % {{ across }}u;
-    let ty = thread / {{ across }}u;
+{{- matrix.place(across, 64 // tm) }}
     let pairs = p.batch * p.heads;
     let pair = Pair((group % pairs) / p.heads, group % p.heads);
     let blocks = (p.tokens + BLOCK - 1u) / BLOCK;
 {%- if entry == "attention_backward_key" %}
     // The first keys are seen by all queries: the longest work starts first.
     let block0 = (group / pairs) * BLOCK;
+{{- hold("key_of", "value_of") }}
 {{- matrix.accumulators("dk", tm, dim // across) }}
 {{- matrix.accumulators("dv", tm, dim // across) }}
     for (var tile0 = block0 / TILE * TILE; tile0 < p.tokens; tile0 += TILE) {
 {{- matrix.accumulators("s", tm, tn) }}
 {{- matrix.accumulators("g", tm, tn) }}
-{{- scores("s", "key_of", "block0", "query_of", "tile0") }}
-{{- scores("g", "value_of", "block0", "dout_of", "tile0") }}
+{{- scores("s", 0, "key_of", "query_of") }}
+{{- scores("g", 1, "value_of", "dout_of") }}
 {%- for j in range(tn // 4) %}
         {
-            let first_query = tile0 + {{ matrix.col(j, 32, tn) }};
+            let first_query = tile0 + {{ matrix.col(j, span, tn) }};
             let queries = vec4<u32>(first_query) + {{ fours }};
             let at = statistics_at(pair, first_query);
             let sums = vec4<f32>(lse[at.x], lse[at.y], lse[at.z], lse[at.w]);
@@ -238,10 +252,10 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
 {%- endfor %}
 {{- keep("s") }}
         workgroupBarrier();
-{{- spread_over("dv", "dout_of", "tile0") }}
+{{- spread_over("dv", "dout_of") }}
 {{- keep("g") }}
         workgroupBarrier();
-{{- spread_over("dk", "query_of", "tile0") }}
+{{- spread_over("dk", "query_of") }}
     }
 {%- for i in range(tm) %}{% for j in range(dim // across // 4) %}
     {
@@ -256,6 +270,7 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
     // The last queries see all keys: the longest work starts first.
     let block0 = (blocks - 1u - group / pairs) * BLOCK;
     let key_end = min(p.keys, p.past + block0 + BLOCK);
+{{- hold("query_of", "dout_of") }}
 {{- matrix.accumulators("o", tm, dim // across) }}
 {%- for q in range(quads) %}
 {%- if entry == "attention_forward" %}
@@ -270,9 +285,9 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
 {%- endfor %}
     for (var tile0 = 0u; tile0 < key_end; tile0 += TILE) {
 {{- matrix.accumulators("s", tm, tn) }}
-{{- scores("s", "query_of", "block0", "key_of", "tile0") }}
+{{- scores("s", 0, "query_of", "key_of") }}
 {%- for j in range(tn // 4) %}
-        let keys{{ j }} = vec4<u32>(tile0 + {{ matrix.col(j, 32, tn) }}) + {{ fours }};
+        let keys{{ j }} = vec4<u32>(tile0 + {{ matrix.col(j, span, tn) }}) + {{ fours }};
 {%- endfor %}
 {%- if entry == "attention_forward" %}
 {%- for i in range(tm) %}{% for j in range(tn // 4) %}
@@ -293,11 +308,11 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
             max(max(peak{{ i }}.x, peak{{ i }}.y), max(peak{{ i }}.z, peak{{ i }}.w)),
 {%- endfor %}
         );
-        block_part[tx * 16u + {{ quad(q) }}] = peaks{{ q }};
+        tile_part[tx * 16u + {{ quad(q) }}] = peaks{{ q }};
 {%- endfor %}
         workgroupBarrier();
 {%- for q in range(quads) %}
-        for (var t = 0u; t < {{ across }}u; t += 1u) { peaks{{ q }} = max(peaks{{ q }}, block_part[t * 16u + {{ quad(q) }}]); }
+        for (var t = 0u; t < {{ across }}u; t += 1u) { peaks{{ q }} = max(peaks{{ q }}, tile_part[t * 16u + {{ quad(q) }}]); }
         let raised{{ q }} = max(largest{{ q }}, peaks{{ q }});
         let fade{{ q }} = exp(largest{{ q }} - raised{{ q }});
         largest{{ q }} = raised{{ q }};
@@ -314,10 +329,10 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
 {%- endfor %}
 {{- keep("s") }}
         workgroupBarrier();
-{{- spread_over("o", "value_of", "tile0") }}
+{{- spread_over("o", "value_of") }}
 {%- else %}
 {{- matrix.accumulators("g", tm, tn) }}
-{{- scores("g", "dout_of", "block0", "value_of", "tile0") }}
+{{- scores("g", 1, "dout_of", "value_of") }}
 {%- for i in range(tm) %}{% set q = i // 4 %}{% set lane = lanes4[i % 4] %}{% for j in range(tn // 4) %}
         s{{ i }}_{{ j }} = select(
             vec4<f32>(),
@@ -328,17 +343,17 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_i
 {%- endfor %}{% endfor %}
 {{- keep("g") }}
         workgroupBarrier();
-{{- spread_over("o", "key_of", "tile0") }}
+{{- spread_over("o", "key_of") }}
 {%- endif %}
     }
 {%- if entry == "attention_forward" %}
 {%- for q in range(quads) %}
-    block_part[tx * 16u + {{ quad(q) }}] = sums{{ q }};
+    tile_part[tx * 16u + {{ quad(q) }}] = sums{{ q }};
 {%- endfor %}
     workgroupBarrier();
 {%- for q in range(quads) %}
     var sum{{ q }} = vec4<f32>();
-    for (var t = 0u; t < {{ across }}u; t += 1u) { sum{{ q }} += block_part[t * 16u + {{ quad(q) }}]; }
+    for (var t = 0u; t < {{ across }}u; t += 1u) { sum{{ q }} += tile_part[t * 16u + {{ quad(q) }}]; }
 {%- endfor %}
 {%- endif %}
 {%- for i in range(tm) %}{% for j in range(dim // across // 4) %}

@@ -4,8 +4,8 @@
 //
 // Shapes: L is stored [rows, depth], or [depth, rows] with `left_by_depth`; R [cols, depth], or [depth, cols] with
 //   `right_by_depth`; out and pre [rows, cols]. Row strides and first elements are parameters; any size is right, whole
-//   vec4s are loaded where strides and sizes are multiples of 4 (`vec`, `vec_out`), and nothing is compared where sizes are
-//   multiples of the tile (`exact`).
+//   vec4s are loaded where strides and sizes are multiples of 4 (`vec`, `vec_out`), and depths are not compared where every
+//   share's is a multiple of bk (`whole`).
 // Dtypes: f32 products and sums; operands and results as stored.
 // Grid: one workgroup per tile of bm x bn and per share of a divided depth, which goes to its own part of `out`.
 //   Neighbouring groups walk along the shorter side of the grid of tiles, so the larger operand is read once.
@@ -52,9 +52,8 @@ alias Result = {{ "f32" if out_f32 else "Element" }};
 @group(0) @binding(4) var<storage, read> pre: array<{{ "vec4<Element>" if vec_out else "Element" }}>;
 {%- endif %}
 
-var<workgroup> left_tile: array<vec4<f32>, {{ bm * bk // 4 }}>;
-var<workgroup> right_tile: array<vec4<f32>, {{ bn * bk // 4 }}>;
-{{ matrix.loader("left", vec) }}
+{{ matrix.product_memory(tile) }}
+{{- matrix.loader("left", vec) }}
 {{- matrix.loader("right", vec) }}
 {{- matrix.loader("out", vec_out) }}
 {{- matrix.storer("out", vec_out, "Result") }}
@@ -64,33 +63,32 @@ var<workgroup> right_tile: array<vec4<f32>, {{ bn * bk // 4 }}>;
 
 // How many of the four elements from (r, c) lie inside.
 fn inside(r: u32, r_end: u32, c: u32, c_end: u32) -> u32 {
-{%- if exact %}
-    return 4u;
-{%- else %}
     return select(0u, c_end - c, r < r_end && c < c_end);
+}
+{#- Four elements, along the depth or across it, of an operand of `count` rows or columns x. Those beyond the depth are 0;
+what is read for rows and columns beyond the last makes results that no one stores. -#}
+{% macro operand(name, by_depth, count) %}
+fn {{ name }}_of({{ "k: u32, x: u32" if by_depth else "x: u32, k: u32" }}, k_end: u32) -> vec4<f32> {
+{%- if vec %}
+{%- if not whole %}
+    if (k >= k_end) { return vec4<f32>(); }
+{%- endif %}
+    let near = min(x, {{ count }} - {{ 4 if by_depth else 1 }}u);
+{%- else %}
+    let near = x;
+{%- endif %}
+    let at = p.{{ name }}_at + {{ "k" if by_depth else "near" }} * p.{{ name }}_stride + {{ "near" if by_depth else "k" }};
+{%- if vec %}
+    return vec4<f32>({{ name }}[at / 4u]);
+{%- elif by_depth %}
+    return load_{{ name }}(at, inside(k, k_end, x, {{ count }}));
+{%- else %}
+    return load_{{ name }}(at, inside(x, {{ count }}, k, k_end));
 {%- endif %}
 }
-
-{% if left_by_depth -%}
-fn left_of(k: u32, row: u32, k_end: u32) -> vec4<f32> {
-    return load_left(p.left_at + k * p.left_stride + row, inside(k, k_end, row, p.rows));
-}
-{%- else -%}
-fn left_of(row: u32, k: u32, k_end: u32) -> vec4<f32> {
-    return load_left(p.left_at + row * p.left_stride + k, inside(row, p.rows, k, k_end));
-}
-{%- endif %}
-
-{% if right_by_depth -%}
-fn right_of(k: u32, col: u32, k_end: u32) -> vec4<f32> {
-    return load_right(p.right_at + k * p.right_stride + col, inside(k, k_end, col, p.cols));
-}
-{%- else -%}
-fn right_of(col: u32, k: u32, k_end: u32) -> vec4<f32> {
-    return load_right(p.right_at + col * p.right_stride + k, inside(col, p.cols, k, k_end));
-}
-{%- endif %}
-
+{% endmacro %}
+{{ operand("left", left_by_depth, "p.rows") }}
+{{ operand("right", right_by_depth, "p.cols") }}
 // What happens to four sums before they are stored.
 fn finish(row: u32, col: u32, share: u32, sums: vec4<f32>) {
     let valid = inside(row, p.rows, col, p.cols);
@@ -113,31 +111,19 @@ fn finish(row: u32, col: u32, share: u32, sums: vec4<f32>) {
 fn linear(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let group = group_index(id);
     if (group >= p.end) { return; }
-    let tx = thread % {{ bn // tn }}u;
-    let ty = thread / {{ bn // tn }}u;
-    let tiles = p.tiles_down * p.tiles_across;
-    let share = group / tiles;
-    let tile = group % tiles;
+{{- matrix.place(bn // tn, bm // tm) }}
+    let count = p.tiles_down * p.tiles_across;
+    let share = group / count;
+    let tile = group % count;
     let down_first = p.tiles_down < p.tiles_across;
     let row0 = select(tile / p.tiles_across, tile % p.tiles_down, down_first) * {{ bm }}u;
     let col0 = select(tile % p.tiles_across, tile / p.tiles_down, down_first) * {{ bn }}u;
-    let k_end = min(p.depth, (share + 1u) * p.share_depth);
+    let k_start = share * p.share_depth;
+    let k_end = min(p.depth, k_start + p.share_depth);
 {{ matrix.accumulators("acc", tm, tn) }}
-    for (var k0 = share * p.share_depth; k0 < k_end; k0 += {{ bk }}u) {
-{%- if left_by_depth %}
-{{- matrix.stage_direct("left_tile", bm, bk, threads, "left_of", "k0", "row0", ", k_end") }}
-{%- else %}
-{{- matrix.stage_transposed("left_tile", bm, bk, threads, "left_of", "row0", "k0", ", k_end") }}
-{%- endif %}
-{%- if right_by_depth %}
-{{- matrix.stage_direct("right_tile", bn, bk, threads, "right_of", "k0", "col0", ", k_end") }}
-{%- else %}
-{{- matrix.stage_transposed("right_tile", bn, bk, threads, "right_of", "col0", "k0", ", k_end") }}
-{%- endif %}
-    workgroupBarrier();
-{{- matrix.multiply("acc", "left_tile", "0u", "right_tile", bm, bn, bk, tm, tn) }}
-    workgroupBarrier();
-    }
+{%- set left = {"of": "left_of", "by_depth": left_by_depth, "first": "row0", "context": ", k_end"} %}
+{%- set right = {"of": "right_of", "by_depth": right_by_depth, "first": "col0", "context": ", k_end"} %}
+{{- matrix.product("acc", tile, left, right, "k_start", "k_end") }}
 {%- for i in range(tm) %}{% for j in range(tn // 4) %}
     finish(row0 + {{ matrix.row(i, bm, tm) }}, col0 + {{ matrix.col(j, bn, tn) }}, share, acc{{ i }}_{{ j }});
 {%- endfor %}{% endfor %}

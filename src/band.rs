@@ -131,6 +131,15 @@ impl Band {
         interval(div_ceil(2 * i * w - reach * n, 2 * n), (2 * i * w + reach * n).div_euclid(2 * n), w)
     }
 
+    /// Wide elements connected to any of these narrow ones.
+    pub fn rows_of(&self, columns: Range<usize>) -> Range<usize> {
+        // Ranges move down column by column.
+        let mut touched = columns.map(|i| self.column(i)).filter(|rows| !rows.is_empty());
+        let Some(first) = touched.next() else { return 0..0 };
+        let end = touched.next_back().map_or(first.end, |last| last.end);
+        first.start..end
+    }
+
     /// The panels, by ascending wide row.
     pub fn panels(&self) -> &[Panel] {
         &self.panels

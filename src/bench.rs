@@ -1,6 +1,6 @@
 //! Timing a backend's operations and whole steps, by medians of repeated runs.
 
-use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, Role, Write};
+use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, OpTime, Role, Write};
 use crate::band::Band;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
@@ -45,6 +45,8 @@ pub struct StepTime {
     pub tok_per_s: f64,
     /// 6 x parameters x tokens over the time.
     pub gflop_per_s: f64,
+    /// What each kernel of a step takes on the device, the longest first; `None` when the device does not tell.
+    pub ops: Option<Vec<OpTime>>,
 }
 
 /// The products of FC1 and FC2 in the order they are measured.
@@ -163,13 +165,17 @@ pub fn kernels<B: Backend>(
     let mut times = Vec::new();
     for (index, product) in PRODUCTS.into_iter().enumerate() {
         let mut samples = vec![Vec::with_capacity(repeats); 1 + banded.len()];
-        for repeat in 0..repeats + WARM_UPS {
-            let mut took = vec![timed(backend, |backend| dense.dense(backend, index, rows, n, w))?];
-            for (layer, table, _) in &mut banded {
-                took.push(timed(backend, |backend| layer.banded(backend, index, table, rows))?);
+        let mut runs = vec![1; samples.len()];
+        // The first round warms up, the second tells how long a run takes.
+        for round in 0..repeats + 2 {
+            let mut took = vec![timed(backend, runs[0], |backend| dense.dense(backend, index, rows, n, w))?];
+            for ((layer, table, _), &runs) in banded.iter_mut().zip(&runs[1..]) {
+                took.push(timed(backend, runs, |backend| layer.banded(backend, index, table, rows))?);
             }
-            if repeat >= WARM_UPS {
-                samples.iter_mut().zip(took).for_each(|(samples, took)| samples.push(took));
+            match round {
+                0 => {}
+                1 => runs = took.into_iter().map(runs_per_wait).collect(),
+                _ => samples.iter_mut().zip(took).for_each(|(samples, took)| samples.push(took)),
             }
         }
         let medians: Vec<f64> = samples.into_iter().map(median).collect();
@@ -218,26 +224,24 @@ pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repe
     let mut optimizer = Optimizer::new(&mut model)?;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let tokens: Vec<u32> = (0..=b * t).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
-    let mut samples = Vec::with_capacity(repeats);
-    for repeat in 0..repeats + WARM_UPS {
+    let mut one_step = |model: &mut Model<B>| -> Result<f64> {
         let start = Instant::now();
         model.upload_batch(&mut acts, &tokens[..b * t], &tokens[1..])?;
-        optimizer.micro_step(&mut model, &mut acts, 0, 1)?;
-        optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-4)?.collect(&mut model)?;
-        if repeat >= WARM_UPS {
-            samples.push(start.elapsed().as_secs_f64());
+        optimizer.micro_step(model, &mut acts, 0, 1)?;
+        optimizer.update(model, &Recipe::Stable.hyperparameters(), 1e-4)?.collect(model)?;
+        Ok(start.elapsed().as_secs_f64())
+    };
+    // The first one warms up.
+    one_step(&mut model)?;
+    let samples = (0..repeats).map(|_| one_step(&mut model)).collect::<Result<Vec<_>>>()?;
+    // Apart from the others: timing each kernel takes time itself.
+    let ops = match model.backend().profile_start()? {
+        false => None,
+        true => {
+            one_step(&mut model)?;
+            Some(model.backend().profile_finish()?)
         }
-    }
-    if std::env::var_os("BT_PROFILE").is_some() && model.backend().profile_start()? {
-        model.upload_batch(&mut acts, &tokens[..b * t], &tokens[1..])?;
-        optimizer.micro_step(&mut model, &mut acts, 0, 1)?;
-        optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-4)?.collect(&mut model)?;
-        let times = model.backend().profile_finish()?;
-        for t in &times {
-            eprintln!("{:26} {:48} {:5} {:9.4} ms", t.op, t.kernel, t.count, t.seconds * 1e3);
-        }
-        eprintln!("total {:.3} ms", times.iter().map(|t| t.seconds).sum::<f64>() * 1e3);
-    }
+    };
     let seconds = median(samples);
     let flops = 6.0 * model.table().count(config) as f64 * (b * t) as f64;
     Ok(StepTime {
@@ -246,21 +250,30 @@ pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repe
         milliseconds: seconds * 1e3,
         tok_per_s: (b * t) as f64 / seconds,
         gflop_per_s: flops / seconds / 1e9,
+        ops: ops.map(longest_first),
     })
 }
 
-/// Rounds that do not count: in the first kernels are compiled, in the second what comes again may be captured.
-const WARM_UPS: usize = 2;
+fn longest_first(mut ops: Vec<OpTime>) -> Vec<OpTime> {
+    ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+    ops
+}
 
-/// Seconds that recorded work takes, the mean of as many runs in one go as make the wait for the last of no weight.
-fn timed<B: Backend>(backend: &mut B, mut work: impl FnMut(&mut B) -> Result<()>) -> Result<f64> {
-    let runs = if B::SYNCHRONOUS { 1 } else { 20 };
+/// Seconds that each of `count` times the same recorded work takes until the device is idle.
+fn timed<B: Backend>(backend: &mut B, count: usize, mut work: impl FnMut(&mut B) -> Result<()>) -> Result<f64> {
     let start = Instant::now();
-    for _ in 0..runs {
+    for _ in 0..count {
         work(backend)?;
     }
     backend.sync()?;
-    Ok(start.elapsed().as_secs_f64() / f64::from(runs))
+    Ok(start.elapsed().as_secs_f64() / count as f64)
+}
+
+/// How often work that takes `seconds` is run before the device is waited for: a wait can take as long as a small kernel,
+/// and a training does not wait for each.
+fn runs_per_wait(seconds: f64) -> usize {
+    const LEAST_SECONDS: f64 = 0.01;
+    ((LEAST_SECONDS / seconds.max(1e-9)) as usize).clamp(1, 100)
 }
 
 fn median(mut samples: Vec<f64>) -> f64 {

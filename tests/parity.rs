@@ -51,7 +51,19 @@ fn every_operation_agrees_with_a_cards_kernels() {
 /// The large tiles, which results as small as these get on an adapter that is soon busy.
 #[test]
 fn every_operation_agrees_with_large_tiles() {
-    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete).with_busy_groups(1)), ..checked() });
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete).with_busy_threads(1)), ..checked() });
+}
+
+/// Tiles that no table has: operands in several rounds, parts of rounds, one buffer, one panel, partly unrolled loops.
+#[test]
+fn every_operation_agrees_with_other_tiles() {
+    let tiles = "dense=64x96x32:4x12,32x128x8:4x8,64x32x8:4x8;expand=64x64x8:8x8,128x128x16:8x8;\
+                 contract=64x128x16:8x8,32x32x8:4x4;outer=128x96x16:8x12;attention=64x64:4x8,64x64:8x4;busy=999;unroll=4;buffers=1";
+    check_parity(&Options {
+        tuning: Some(Tuning::of(AdapterKind::Discrete)),
+        tuning_changes: Some(tiles.to_string()),
+        ..checked()
+    });
 }
 
 #[test]

@@ -1,15 +1,19 @@
 //! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has, and becomes
 //! SPIR-V, MSL and HLSL.
 
-use bandtrain::backend::wgpu::{Kernel, dump_shaders, instantiations};
+use bandtrain::backend::wgpu::{Kernel, WORKGROUP_SIZES, dump_shaders, instantiations};
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use std::collections::HashSet;
 
-/// Workgroup memory and invocations that every WebGPU adapter has.
-const WORKGROUP_BYTES: u32 = 16 << 10;
+/// Invocations of a workgroup and storage buffers that every WebGPU adapter has.
 const INVOCATIONS: u32 = 256;
 const STORAGE_BUFFERS: usize = 8;
+
+/// Those for little workgroup memory, and those for much that differ.
+fn all_instantiations() -> HashSet<Kernel> {
+    WORKGROUP_SIZES.into_iter().flat_map(instantiations).collect()
+}
 
 fn parse(kernel: &Kernel) -> (naga::Module, ModuleInfo) {
     let source = kernel.source().unwrap();
@@ -23,7 +27,7 @@ fn parse(kernel: &Kernel) -> (naga::Module, ModuleInfo) {
 
 #[test]
 fn every_instantiation_becomes_spirv_msl_and_hlsl() {
-    for kernel in instantiations() {
+    for kernel in all_instantiations() {
         let (module, info) = parse(&kernel);
         let name = kernel.name();
         let words = spv::write_vec(&module, &info, &spv::Options::default(), None).expect(&name);
@@ -39,8 +43,9 @@ fn every_instantiation_becomes_spirv_msl_and_hlsl() {
 }
 
 #[test]
-fn every_instantiation_fits_the_default_limits() {
-    for kernel in instantiations() {
+fn every_instantiation_fits_the_limits_it_is_for() {
+    let of_limit = |limit| instantiations(limit).into_iter().map(move |kernel| (kernel, limit));
+    for (kernel, limit) in WORKGROUP_SIZES.into_iter().flat_map(of_limit) {
         let (module, _) = parse(&kernel);
         let name = kernel.name();
         let mut layouter = naga::proc::Layouter::default();
@@ -49,7 +54,7 @@ fn every_instantiation_fits_the_default_limits() {
             module.global_variables.iter().map(|(_, variable)| variable).filter(move |variable| variable.space == space)
         };
         let bytes: u32 = in_space(naga::AddressSpace::WorkGroup).map(|variable| layouter[variable.ty].size).sum();
-        assert!(bytes <= WORKGROUP_BYTES, "{name}: {bytes} bytes of workgroup memory");
+        assert!(bytes as usize <= limit, "{name}: {bytes} bytes of workgroup memory");
         let buffers = module
             .global_variables
             .iter()
@@ -65,7 +70,7 @@ fn every_instantiation_fits_the_default_limits() {
 
 #[test]
 fn instantiations_have_names_of_their_own_and_are_written_one_file_each() {
-    let kernels = instantiations();
+    let kernels = all_instantiations();
     let names: HashSet<String> = kernels.iter().map(Kernel::name).collect();
     assert_eq!(names.len(), kernels.len());
     let dir = tempfile::tempdir().unwrap();

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What is no operation: a backend's machinery, and what kernels share.
-const HELPERS: [&str; 9] = ["mod", "common", "matrix", "reduce", "device", "buffer", "pipelines", "recorder", "tuning"];
+const HELPERS: [&str; 10] =
+    ["mod", "common", "matrix", "reduce", "device", "buffer", "pipelines", "profile", "recorder", "tuning"];
 
 /// Stems of the files with this extension in a folder.
 fn stems(folder: &str, extension: &str) -> BTreeSet<String> {

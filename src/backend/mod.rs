@@ -17,6 +17,7 @@ use crate::band::Band;
 use crate::error::Result;
 use crate::shapes::Span;
 use crate::tolerance::UNIT_F32;
+use serde::Serialize;
 
 /// What a buffer holds; a backend chooses the element type by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -221,16 +222,16 @@ impl AdamWStep {
     }
 }
 
-/// What a kernel, or a library call, of an operation took while it was timed.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+/// What one kernel (or library call) of an operation took on the device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OpTime {
-    /// The operation: the trait's method.
+    /// The method of these traits that ran it, or its stem: "band_expand".
     pub op: &'static str,
-    /// The kernel.
+    /// The kernel's own name.
     pub kernel: String,
     /// How often it ran.
     pub count: usize,
-    /// What all its runs took together.
+    /// All runs together.
     pub seconds: f64,
 }
 

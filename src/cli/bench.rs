@@ -3,7 +3,7 @@
 use super::device::{DeviceArgs, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
-use crate::backend::Backend;
+use crate::backend::{Backend, OpTime};
 use crate::bench::{KernelTime, StepTime, kernels, step};
 use crate::config::{GptConfig, preset};
 use crate::error::Result;
@@ -16,7 +16,22 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// kernels: every product of FC1 and FC2 at several bandwidths beside the dense one in the same run. step: whole training
 /// steps of a preset, dense and with FC1 and FC2 banded. Medians of repeated runs; the first is not counted.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  bandtrain bench kernels --backend cpu -C 512 --rows 2048")]
+#[command(after_help = "\
+Examples:
+  bandtrain bench kernels --backend cpu -C 512 --rows 2048
+  BANDTRAIN_WGPU_TUNING='dense=128x64x8:8x8;unroll=4' bandtrain bench step --backend wgpu
+
+BANDTRAIN_WGPU_TUNING holds KEY=VALUE pairs, separated by semicolons, that replace what the wgpu backend has for the \
+adapter's kind, in every command. Tiles are ROWSxCOLUMNSxDEPTH:RxC, with R x C results for a thread; several are separated \
+by commas.
+  dense      up to three tiles of dense products, by falling size
+  expand     FC1 forward, FC2 input gradient: for many rows, for few; 64 or 128 columns
+  contract   FC2 forward, FC1 input gradient: for many rows, for few
+  outer      weight gradients; 64 or 128 rows
+  attention  64xSPAN:RxC, R x C scores for a thread: forward, backward; SPAN 32 or 64
+  busy       threads that keep the adapter busy: tiles shrink, deep sums are shared out
+  unroll     steps of the depth that loops are unrolled by
+  buffers    of a product's operands: 1, or 2 where there is room")]
 pub struct BenchArgs {
     /// What to time
     #[arg(value_enum, default_value = "kernels")]
@@ -79,7 +94,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
                 }
                 times.push(time);
             }
-            print_steps(&times, args.json)
+            if args.json {
+                return say!("{}", serde_json::json!({ "steps": times }));
+            }
+            print_steps(&times)?;
+            times.iter().try_for_each(print_ops)
         }
     }
 }
@@ -134,15 +153,29 @@ impl Task for Step {
     }
 }
 
-fn print_steps(times: &[StepTime], json: bool) -> Result<()> {
-    if json {
-        return say!("{}", serde_json::json!({ "steps": times }));
-    }
+fn print_steps(times: &[StepTime]) -> Result<()> {
     say!("{:<14} {:>10} {:>12} {:>10} {:>9}", "MLP", "ms", "tok/s", "GFLOP/s", "speed-up")?;
-    for StepTime { fc1_bandwidth, milliseconds, tok_per_s, gflop_per_s, .. } in times {
-        let name = if *fc1_bandwidth == 0 { "dense".to_string() } else { format!("banded {fc1_bandwidth}") };
+    for time @ StepTime { milliseconds, tok_per_s, gflop_per_s, .. } in times {
+        let name = mlp_name(time);
         let (rate, gain) = (grouped(*tok_per_s as usize), times[0].milliseconds / milliseconds);
         say!("{name:<14} {milliseconds:>10.2} {rate:>12} {gflop_per_s:>10.1} {gain:>9.3}")?;
+    }
+    Ok(())
+}
+
+fn mlp_name(time: &StepTime) -> String {
+    if time.fc1_bandwidth == 0 { "dense".to_string() } else { format!("banded {}", time.fc1_bandwidth) }
+}
+
+/// What each kernel takes in a step.
+fn print_ops(time: &StepTime) -> Result<()> {
+    let name = mlp_name(time);
+    let Some(ops) = &time.ops else { return say!("{name}: this device does not time its kernels") };
+    let all: f64 = ops.iter().map(|op| op.seconds).sum();
+    say!("\n{name}: {:.2} ms of a step on the device", 1e3 * all)?;
+    say!("{:>7} {:>10} {:>7}  {:<27} kernel", "count", "ms", "share", "operation")?;
+    for OpTime { op, kernel, count, seconds } in ops {
+        say!("{count:>7} {:>10.3} {:>5.1} %  {op:<27} {kernel}", 1e3 * seconds, 100.0 * seconds / all)?;
     }
     Ok(())
 }

@@ -37,6 +37,9 @@ pub enum Precision {
     F16,
 }
 
+/// The environment variable that changes the wgpu backend's tiles, for measuring others than the built-in ones.
+const TUNING: &str = "BANDTRAIN_WGPU_TUNING";
+
 /// The flags that choose a device, shared by all commands that compute.
 #[derive(Debug, Clone, clap::Args)]
 pub struct DeviceArgs {
@@ -76,7 +79,8 @@ pub fn with_backend<T: Task>(args: &DeviceArgs, task: T) -> Result<T::Output> {
     match backend {
         BackendName::Wgpu => {
             fp32_only(args.precision, "wgpu")?;
-            task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), ..Options::default() })?)
+            let tuning_changes = std::env::var_os(TUNING).map(|changes| changes.to_string_lossy().into_owned());
+            task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), tuning_changes, ..Options::default() })?)
         }
         BackendName::Cuda => task.run(Cuda::new(cuda::Options { arithmetic: cuda_arithmetic(args.precision)? })?),
         BackendName::Cpu | BackendName::Auto => {

@@ -61,6 +61,7 @@ impl AdamW for Wgpu {
     }
 
     fn grad_norm(&mut self, norm: &mut Buffer, grads: &Buffer) -> Result<()> {
+        self.op = "grad_norm";
         let limit = self.binding_len();
         let groups = |part: Span| part.len.div_ceil(NORM_ELEMENTS);
         let count = parts(grads.all(), limit).map(groups).sum();
@@ -84,6 +85,7 @@ impl AdamW for Wgpu {
         plan: &Vec<Segment>,
         step: &AdamWStep,
     ) -> Result<()> {
+        self.op = "adamw_step";
         let limit = self.binding_len();
         let k = step.constants();
         for segment in plan {

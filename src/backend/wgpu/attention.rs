@@ -3,15 +3,15 @@
 use super::Wgpu;
 use super::buffer::{Buffer, aligned};
 use super::pipelines::Kernel;
-use super::tuning::TUNINGS;
+use super::tuning::Tuning;
 use crate::backend::{Attention, KeyValues, SequenceDims};
 use crate::error::{Error, Result};
 use crate::shapes::{Span, TENSOR_ALIGN};
 
 /// Queries (or keys) of a workgroup.
 const BLOCK: usize = 64;
-/// How many of the other axis it takes at a time.
-const TILE: usize = 32;
+/// How many of the other axis it takes at a time, at least.
+const LEAST_SPAN: usize = 32;
 /// Threads of the kernels that work element by element.
 const THREADS: usize = 64;
 /// The largest head there is workgroup memory for.
@@ -22,27 +22,43 @@ fn by_fours(head_size: usize) -> u32 {
     u32::from(head_size.is_multiple_of(4))
 }
 
-fn block_kernel(entry: &'static str, head_size: usize, cached: bool, [tm, tn]: [usize; 2]) -> Kernel {
+fn block_kernel(entry: &'static str, head_size: usize, cached: bool, tuning: &Tuning) -> Kernel {
     let dim = head_size.next_multiple_of(32);
-    // Rows of the tile staged at a time: 4 KiB of workgroup memory.
-    let spread = if dim <= 64 { 16 } else { 8 };
+    // Of the block: the queries, or two of queries, keys, values and gradients of the output.
+    let (share, operands) = match entry {
+        "attention_forward" => (tuning.attention[0], 1),
+        _ => (tuning.attention[1], 2),
+    };
+    // A thread's share of the results is whole fours of the head.
+    let fours = |span: usize| dim.is_multiple_of(4 * (span / share.tn));
+    let span = if fours(share.span) { share.span } else { LEAST_SPAN };
+    let bytes = ((operands * BLOCK + span) * dim + span * BLOCK) * size_of::<f32>();
+    let (held, span, spread) = match bytes <= tuning.workgroup_bytes {
+        true => (operands, span, span),
+        // Rows of the tile staged at a time: 4 KiB of workgroup memory.
+        false => (0, LEAST_SPAN, if dim <= 64 { 16 } else { 8 }),
+    };
     let variables = [
-        ("head_size", head_size as u32),
-        ("dim", dim as u32),
+        ("head_size", head_size),
+        ("dim", dim),
+        ("held", held),
+        ("span", span),
         ("spread", spread),
-        ("vec", by_fours(head_size)),
-        ("cached", u32::from(cached)),
-        ("tm", tm as u32),
-        ("tn", tn as u32),
-        ("threads", (BLOCK / tm * (TILE / tn)) as u32),
+        ("cached", usize::from(cached)),
+        ("tm", share.tm),
+        ("tn", share.tn),
+        ("threads", (BLOCK / share.tm) * (span / share.tn)),
+        ("unroll", tuning.unroll),
     ];
-    Kernel::new("attention", entry, &variables)
+    Kernel::new("attention", entry, &variables.map(|(name, value)| (name, value as u32)))
+        .with(&[("vec", by_fours(head_size))])
 }
 
 fn element_kernel(entry: &'static str, head_size: usize) -> Kernel {
     let variables = [
         ("head_size", head_size as u32),
         ("dim", 32),
+        ("span", 32),
         ("tm", 4),
         ("tn", 4),
         ("vec", by_fours(head_size)),
@@ -52,19 +68,18 @@ fn element_kernel(entry: &'static str, head_size: usize) -> Kernel {
 }
 
 /// Instantiations for the presets' heads, small and odd ones, and the largest.
-pub(super) fn kernels() -> Vec<Kernel> {
-    let of = |(head_size, tile): (usize, [usize; 2])| {
+pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
+    let of = |head_size| {
         [
-            block_kernel("attention_forward", head_size, false, tile),
-            block_kernel("attention_forward", head_size, true, tile),
-            block_kernel("attention_backward_query", head_size, false, tile),
-            block_kernel("attention_backward_key", head_size, false, tile),
+            block_kernel("attention_forward", head_size, false, tuning),
+            block_kernel("attention_forward", head_size, true, tuning),
+            block_kernel("attention_backward_query", head_size, false, tuning),
+            block_kernel("attention_backward_key", head_size, false, tuning),
             element_kernel("attention_delta", head_size),
             element_kernel("attention_append", head_size),
         ]
     };
-    let tiles = |head_size| TUNINGS.map(|tuning| (head_size, tuning.attention));
-    [5, 8, 32, 64, 80, 96, 128].into_iter().flat_map(tiles).flat_map(of).collect()
+    [5, 8, 32, 64, 80, 96, 128].into_iter().flat_map(of).collect()
 }
 
 /// Some of the sequences, the keys they see, and where they start in their bindings.
@@ -138,7 +153,8 @@ impl Attention for Wgpu {
         qkv: &Buffer,
         dims: SequenceDims,
     ) -> Result<()> {
-        let kernel = block_kernel("attention_forward", dims.head_size(), false, self.tuning.attention);
+        self.op = "attention_forward";
+        let kernel = block_kernel("attention_forward", dims.head_size(), false, &self.tuning);
         for (first, batch) in self.sequence_chunks(dims, dims.tokens * 3 * dims.channels)? {
             let chunk = Chunk::new(dims, first, batch, 0, 0);
             let binds = [qkv.read(chunk.qkv.0), out.write(chunk.out.0), log_sum_exp.write(chunk.statistics.0)];
@@ -156,6 +172,7 @@ impl Attention for Wgpu {
         qkv: &Buffer,
         dims: SequenceDims,
     ) -> Result<()> {
+        self.op = "attention_backward";
         let delta = self.scratch("attention delta", dims.rows() * dims.heads)?;
         let delta_kernel = element_kernel("attention_delta", dims.head_size());
         for (first, batch) in self.sequence_chunks(dims, dims.tokens * 3 * dims.channels)? {
@@ -172,7 +189,7 @@ impl Attention for Wgpu {
                 dqkv.write(chunk.qkv.0),
             ];
             for (entry, products) in [("attention_backward_query", 3), ("attention_backward_key", 4)] {
-                let kernel = block_kernel(entry, dims.head_size(), false, self.tuning.attention);
+                let kernel = block_kernel(entry, dims.head_size(), false, &self.tuning);
                 self.dispatch(&kernel, &binds, &chunk.words(), chunk.blocks(), chunk.flops(products))?;
             }
         }
@@ -186,9 +203,10 @@ impl Attention for Wgpu {
         qkv: &Buffer,
         dims: SequenceDims,
     ) -> Result<()> {
+        self.op = "attention_cached";
         let KeyValues { keys, values, capacity, past } = cache;
         let append = element_kernel("attention_append", dims.head_size());
-        let attend = block_kernel("attention_forward", dims.head_size(), true, self.tuning.attention);
+        let attend = block_kernel("attention_forward", dims.head_size(), true, &self.tuning);
         let largest = (dims.tokens * 3).max(capacity) * dims.channels;
         for (first, batch) in self.sequence_chunks(dims, largest)? {
             let chunk = Chunk::new(dims, first, batch, past, capacity);

@@ -98,6 +98,8 @@ pub struct Options {
     pub default_limits: bool,
     /// Tiles and the like that suit the adapter; those of its kind when `None`.
     pub tuning: Option<Tuning>,
+    /// Changes to that, as [`Tuning::with`] takes them.
+    pub tuning_changes: Option<String>,
     /// Give kernels no more than this many bytes of a buffer at once where they can do with less: for tests of the chunks
     /// that large models are worked through in.
     pub binding_bytes: Option<u64>,
@@ -123,6 +125,9 @@ impl Faults {
         }
     }
 }
+
+/// What is made use of where an adapter has it.
+const USEFUL_FEATURES: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY;
 
 /// An open device.
 pub(super) struct Gpu {
@@ -190,7 +195,7 @@ pub(super) fn open(options: &Options) -> Result<Gpu> {
     };
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("bandtrain"),
-        required_features: wgpu::Features::empty(),
+        required_features: adapter.features() & USEFUL_FEATURES,
         required_limits: limits.clone(),
         memory_hints: wgpu::MemoryHints::MemoryUsage,
         ..Default::default()

@@ -4,7 +4,7 @@ use super::buffer::{Buffer, aligned, row_chunks};
 use super::pipelines::Kernel;
 use super::reduce::lanes;
 use super::{Wgpu, add_word};
-use crate::backend::{Embed, Embeddings, SequenceDims, Write};
+use crate::backend::{Embed, Embeddings, SequenceDims, Write, sorted_places};
 use crate::error::{Error, Result};
 use crate::shapes::Span;
 
@@ -36,7 +36,7 @@ impl Tokens {
     }
 
     pub(super) fn upload(&mut self, gpu: &mut Wgpu, tokens: &[u32]) -> Result<()> {
-        let (order, runs) = sorted(tokens);
+        let (order, runs) = sorted_places(tokens);
         gpu.write_words(&self.ids, 0, tokens)?;
         gpu.write_words(&self.order, 0, &order)?;
         gpu.write_words(&self.runs, 0, &runs)?;
@@ -44,23 +44,6 @@ impl Tokens {
         self.count = tokens.len();
         Ok(())
     }
-}
-
-/// The places of `tokens` sorted by token, places of one token ascending; and (token, first place in that order) of each
-/// different token, with an end mark.
-fn sorted(tokens: &[u32]) -> (Vec<u32>, Vec<u32>) {
-    let mut order: Vec<u32> = (0..tokens.len() as u32).collect();
-    order.sort_by_key(|&place| tokens[place as usize]);
-    let mut runs = Vec::new();
-    let mut last = None;
-    for (index, &place) in order.iter().enumerate() {
-        let token = tokens[place as usize];
-        if last.replace(token) != Some(token) {
-            runs.extend([token, index as u32]);
-        }
-    }
-    runs.extend([u32::MAX, tokens.len() as u32]);
-    (order, runs)
 }
 
 fn kernel(entry: &'static str, vec: u32) -> Kernel {
@@ -141,6 +124,7 @@ impl Embed for Wgpu {
         dims: SequenceDims,
         past: usize,
     ) -> Result<()> {
+        self.op = "embed_forward";
         let (c, limit) = (dims.channels, self.binding_len());
         let (vec, lanes) = lanes(c);
         let wte = embeddings.tokens;
@@ -169,6 +153,7 @@ impl Embed for Wgpu {
         dims: SequenceDims,
         write: Write,
     ) -> Result<()> {
+        self.op = "embed_backward";
         if tokens.count != dims.rows() {
             return Err(Error::Internal(format!("{} tokens for {} rows", tokens.count, dims.rows())));
         }
@@ -187,18 +172,5 @@ impl Embed for Wgpu {
             self.dispatch(&kernel("embed_positions", vec), &binds, &words.all(lanes, t), positions, flops)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn runs_list_each_token_once_with_its_places_in_order() {
-        let (order, runs) = sorted(&[7, 3, 7, 0, 3]);
-        assert_eq!(order, [3, 1, 4, 0, 2]);
-        assert_eq!(runs, [0, 0, 3, 1, 7, 3, u32::MAX, 5]);
-        assert_eq!(sorted(&[]), (vec![], vec![u32::MAX, 0]));
     }
 }

@@ -83,6 +83,7 @@ impl LayerNorm for Wgpu {
         affine: Affine,
         rows: usize,
     ) -> Result<()> {
+        self.op = "layernorm_forward";
         self.normalize(normed, x, None, params, affine, rows)
     }
 
@@ -96,6 +97,7 @@ impl LayerNorm for Wgpu {
         affine: Affine,
         rows: usize,
     ) -> Result<()> {
+        self.op = "residual_layernorm_forward";
         self.normalize(normed, x, Some((branch, residual)), params, affine, rows)
     }
 
@@ -111,6 +113,7 @@ impl LayerNorm for Wgpu {
         residual_write: Write,
         write: Write,
     ) -> Result<()> {
+        self.op = "layernorm_backward";
         let c = affine.weight.len;
         let (backward, lanes) = kernel("layernorm_backward", c);
         let affine_kernel = affine_kernel(c);

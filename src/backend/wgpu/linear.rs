@@ -5,7 +5,7 @@ use super::buffer::{Buffer, row_chunks};
 use super::gelu::Gelu;
 use super::matrix::{Epilogue, Matrix, Operand, PLAIN, kernel};
 use super::pipelines::Kernel;
-use super::tuning::TUNINGS;
+use super::tuning::Tuning;
 use crate::backend::{Affine, Linear, LinearDims, Write};
 use crate::error::Result;
 use crate::shapes::Span;
@@ -20,6 +20,7 @@ impl Linear for Wgpu {
         affine: Affine,
         dims: LinearDims,
     ) -> Result<()> {
+        self.op = "linear_forward";
         let LinearDims { rows, inputs, outputs } = dims;
         let gelu = pre.as_deref().map_or(Gelu::None, Gelu::Forward);
         let epilogue = Epilogue { bias: Some((params, affine.bias)), gelu };
@@ -41,6 +42,7 @@ impl Linear for Wgpu {
         pre: Option<&Buffer>,
         dims: LinearDims,
     ) -> Result<()> {
+        self.op = "linear_backward_input";
         let LinearDims { rows, inputs, outputs } = dims;
         let epilogue = Epilogue { gelu: pre.map_or(Gelu::None, Gelu::Backward), ..PLAIN };
         let (dinp, dout) = (Matrix::new(dinp, 0, rows, inputs), Matrix::new(dout, 0, rows, outputs));
@@ -61,6 +63,7 @@ impl Linear for Wgpu {
         dims: LinearDims,
         write: Write,
     ) -> Result<()> {
+        self.op = "linear_backward_weight";
         let LinearDims { rows, inputs, outputs } = dims;
         self.column_sums(grads.write(affine.bias), dout, rows, write)?;
         let dweight = Matrix::new(grads, affine.weight.offset, outputs, inputs);
@@ -75,16 +78,16 @@ impl Linear for Wgpu {
 }
 
 /// Every instantiation, the head's included.
-pub(super) fn kernels() -> Vec<Kernel> {
+pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
     const PLAIN: (bool, (&str, u32)) = (false, ("gelu", 0));
     let forward = [PLAIN, (true, ("gelu", 0)), (true, ("gelu", 1))].map(|epilogue| ([0, 0], epilogue));
     let backward = [PLAIN, (false, ("gelu_backward", 1))].map(|epilogue| ([0, 1], epilogue));
     let products = forward.into_iter().chain(backward).chain([([1, 1], PLAIN)]);
     let mut kernels = Vec::new();
     for (across, (bias, gelu)) in products {
-        for tile in TUNINGS.iter().flat_map(|tuning| tuning.dense) {
+        for tile in tuning.dense {
             for by_fours in [[true; 3], [true, true, false], [true, false, false], [false, true, false], [false; 3]] {
-                kernels.push(kernel(tile, across, by_fours, bias, gelu));
+                kernels.push(kernel(tuning, tile, across, by_fours, bias, gelu));
             }
         }
     }

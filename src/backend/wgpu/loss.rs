@@ -93,6 +93,7 @@ impl Loss for Wgpu {
         targets: &Tokens,
         dims: HeadDims,
     ) -> Result<()> {
+        self.op = "loss_forward";
         let limit = self.binding_len();
         let scratch = self.scratch("logits", logits_len(dims, limit))?;
         let x = Matrix::new(x, 0, dims.rows, dims.channels);
@@ -119,6 +120,7 @@ impl Loss for Wgpu {
         scale: f32,
         write: Write,
     ) -> Result<()> {
+        self.op = "loss_forward_backward";
         let HeadDims { rows, channels: c, padded_vocab, .. } = dims;
         let limit = self.binding_len();
         let scratch = self.scratch("logits", logits_len(dims, limit))?;
@@ -152,6 +154,7 @@ impl Loss for Wgpu {
         first_row: usize,
         dims: HeadDims,
     ) -> Result<()> {
+        self.op = "head_logits";
         let HeadDims { rows, channels: c, vocab, padded_vocab } = dims;
         let logits = Matrix::new(logits, 0, rows, vocab);
         let x = Matrix::new(x, first_row * c, rows, c);
@@ -163,6 +166,7 @@ impl Loss for Wgpu {
     }
 
     fn loss_sum(&mut self, total: &mut Buffer, losses: &Buffer, rows: usize, scale: f32, write: Write) -> Result<()> {
+        self.op = "loss_sum";
         let binds = [losses.read(Span { offset: 0, len: rows }), total.write(Span { offset: 0, len: 1 })];
         let words = [rows as u32, 0, 0, scale.to_bits(), add_word(write)];
         self.dispatch(&sum_kernel(), &binds, &words, 1, rows as f64)

@@ -3,7 +3,7 @@
 use super::buffer::{Buffer, aligned};
 use super::gelu::Gelu;
 use super::pipelines::Kernel;
-use super::tuning::Tile;
+use super::tuning::{Tile, Tuning};
 use super::{Wgpu, add_word};
 use crate::backend::Write;
 use crate::error::{Error, Result};
@@ -119,7 +119,7 @@ impl Wgpu {
         write: Write,
     ) -> Result<()> {
         let tile = self.tuning.filled_by(out.rows, out.cols);
-        let (count, share_depth) = self.tuning.shares(tile.count(out.rows, out.cols), left.extents().1);
+        let (count, share_depth) = self.tuning.shares(tile, tile.count(out.rows, out.cols), left.extents().1);
         let cut = Cut { tile, shares: count, share_depth };
         if count == 1 {
             return self.tiled_product(out, left, right, PLAIN, write, cut);
@@ -179,30 +179,31 @@ impl Wgpu {
         ]
         .map(|word| word as u32);
         let vec = left.matrix().by_fours() && right.matrix().by_fours();
-        let exact = vec && out.by_fours() && rows % tile.bm == 0 && cols % tile.bn == 0 && depth % tile.bk == 0;
+        let whole = vec && depth % tile.bk == 0;
         let across = [left.is_across(), right.is_across()];
-        let by_fours = [vec, out.by_fours(), exact];
-        let kernel = kernel(tile, across, by_fours, epilogue.bias.is_some(), epilogue.gelu.flag());
+        let by_fours = [vec, out.by_fours(), whole];
+        let kernel = kernel(&self.tuning, tile, across, by_fours, epilogue.bias.is_some(), epilogue.gelu.flag());
         let groups = shares * tiles_down * tiles_across;
         self.dispatch(&kernel, &binds, &words, groups, tile.flops(share_depth.min(depth)))
     }
 }
 
 /// An instantiation of `shaders/linear.wgsl`: whether the operands lie across the depth (left, right); whether operands,
-/// and results, are handled by vec4s, and sizes are multiples of the tile; and what follows.
+/// and results, are handled by vec4s, and depths are multiples of the tile's; and what follows.
 pub(super) fn kernel(
+    tuning: &Tuning,
     tile: Tile,
     across: [u32; 2],
-    [vec, vec_out, exact]: [bool; 3],
+    [vec, vec_out, whole]: [bool; 3],
     bias: bool,
     gelu: (&'static str, u32),
 ) -> Kernel {
-    Kernel::new("linear", "linear", &tile.variables()).with(&[
+    Kernel::new("linear", "linear", &tuning.variables(tile)).with(&[
         ("left_by_depth", across[0]),
         ("right_by_depth", across[1]),
         ("vec", u32::from(vec)),
         ("vec_out", u32::from(vec_out)),
-        ("exact", u32::from(exact)),
+        ("whole", u32::from(whole)),
         ("bias", u32::from(bias)),
         gelu,
     ])

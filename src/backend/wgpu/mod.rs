@@ -17,6 +17,7 @@ mod linear;
 mod loss;
 mod matrix;
 mod pipelines;
+mod profile;
 mod recorder;
 mod reduce;
 mod tuning;
@@ -27,9 +28,9 @@ pub use device::{AdapterInfo, AdapterKind, Options, adapters};
 pub use embed::Tokens;
 pub use pipelines::{Element, Kernel, dump_shaders};
 pub use recorder::Pending;
-pub use tuning::Tuning;
+pub use tuning::{Tuning, WORKGROUP_SIZES};
 
-use super::{Device, HeadDims, Role, SequenceDims, Write};
+use super::{Device, HeadDims, OpTime, Role, SequenceDims, Write};
 use crate::error::{Error, Result};
 use crate::shapes::{Span, TENSOR_ALIGN};
 use buffer::{Bind, Graveyard};
@@ -37,6 +38,7 @@ use device::Gpu;
 use pipelines::Pipelines;
 use recorder::{Recorder, Work};
 use std::collections::{HashMap, HashSet};
+use tuning::TUNINGS;
 
 /// Bytes uploaded or downloaded at a time: wgpu stages as much beside the buffer.
 const TRANSFER_BYTES: usize = 32 << 20;
@@ -54,20 +56,17 @@ pub struct Wgpu {
     binding_bytes: u64,
     next_id: u64,
     scratch: HashMap<&'static str, Buffer>,
+    /// The operation that dispatches belong to, for their times.
+    op: &'static str,
 }
 
-/// Every kernel instantiation that the presets' shapes, and shapes that fit no tile, can lead to.
-pub fn instantiations() -> Vec<Kernel> {
-    let all = [
-        embed::kernels(),
-        layernorm::kernels(),
-        linear::kernels(),
-        band::kernels(),
-        attention::kernels(),
-        loss::kernels(),
-        adamw::kernels(),
-        reduce::kernels(),
-    ];
+/// Every kernel instantiation that the presets' shapes, and shapes that fit no tile, can lead to on adapters with this much
+/// workgroup memory, in bytes; those of [`WORKGROUP_SIZES`] are all there are.
+pub fn instantiations(workgroup_bytes: usize) -> Vec<Kernel> {
+    let mut all = vec![embed::kernels(), layernorm::kernels(), loss::kernels(), adamw::kernels(), reduce::kernels()];
+    for tuning in TUNINGS.map(|tuning| tuning.within(workgroup_bytes)) {
+        all.extend([linear::kernels(&tuning), band::kernels(&tuning), attention::kernels(&tuning)]);
+    }
     let mut seen = HashSet::new();
     all.into_iter().flatten().filter(|kernel| seen.insert(kernel.clone())).collect()
 }
@@ -80,11 +79,14 @@ impl Wgpu {
     pub fn new(options: &Options) -> Result<Self> {
         let gpu = device::open(options)?;
         let graveyard = Graveyard::default();
-        let tuning = options.tuning.unwrap_or(Tuning::of(gpu.info.kind));
+        let workgroup_bytes = gpu.limits.max_compute_workgroup_storage_size as usize;
+        let tuning = options.tuning.unwrap_or(Tuning::of(gpu.info.kind)).within(workgroup_bytes);
+        let tuning = tuning.with(options.tuning_changes.as_deref().unwrap_or(""))?;
         let recorder = Recorder::new(&gpu, tuning.slow_flops, graveyard.clone());
         let pipelines = Pipelines::new(options.checked)?;
         let binding_bytes = options.binding_bytes.unwrap_or(u64::MAX).max(MIN_BINDING_BYTES);
-        Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch: HashMap::new() })
+        let scratch = HashMap::new();
+        Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch, op: "" })
     }
 
     /// The adapter it runs on.
@@ -107,7 +109,7 @@ impl Wgpu {
         groups: usize,
         flops: f64,
     ) -> Result<()> {
-        let work = Work { kernel, binds, words, groups, flops };
+        let work = Work { op: self.op, kernel, binds, words, groups, flops };
         self.recorder.dispatch(&self.gpu, &mut self.pipelines, &work)
     }
 
@@ -236,6 +238,14 @@ impl Device for Wgpu {
     fn sync(&mut self) -> Result<()> {
         self.recorder.submit(&self.gpu)?;
         recorder::wait(&self.gpu, None)
+    }
+
+    fn profile_start(&mut self) -> Result<bool> {
+        self.recorder.profile_start(&self.gpu)
+    }
+
+    fn profile_finish(&mut self) -> Result<Vec<OpTime>> {
+        self.recorder.profile_finish(&self.gpu)
     }
 }
 

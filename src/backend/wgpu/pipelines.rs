@@ -1,9 +1,10 @@
 //! Kernels: WGSL templates, what they are rendered with, and the compiled pipelines.
 
 use super::device::Gpu;
+use super::tuning::WORKGROUP_SIZES;
 use crate::error::{Error, Result};
 use minijinja::{Environment, UndefinedBehavior, Value};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -98,6 +99,8 @@ fn template_fault(error: minijinja::Error) -> Error {
 fn render(environment: &Environment<'_>, kernel: &Kernel) -> Result<String> {
     let mut context: BTreeMap<&str, Value> =
         kernel.variables.iter().map(|(name, value)| (*name, Value::from(*value))).collect();
+    // The same by one name, for macros.
+    context.insert("tile", Value::from_pairs(kernel.variables.iter().copied()));
     context.insert("entry", Value::from(kernel.entry));
     context.insert("element", Value::from(kernel.element.name()));
     let template = environment.get_template(&format!("{}.wgsl", kernel.stem)).map_err(template_fault)?;
@@ -111,7 +114,7 @@ fn render(environment: &Environment<'_>, kernel: &Kernel) -> Result<String> {
 pub fn dump_shaders(dir: impl AsRef<Path>) -> Result<usize> {
     let dir = dir.as_ref();
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let kernels = super::instantiations();
+    let kernels: HashSet<Kernel> = WORKGROUP_SIZES.into_iter().flat_map(super::instantiations).collect();
     for kernel in &kernels {
         let path = dir.join(format!("{}.wgsl", kernel.name()));
         std::fs::write(&path, kernel.source()?).map_err(Error::io("write", &path))?;

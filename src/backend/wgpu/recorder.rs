@@ -3,6 +3,8 @@
 use super::buffer::{Bind, Buffer, Graveyard};
 use super::device::Gpu;
 use super::pipelines::{Kernel, Pipelines};
+use super::profile::Profile;
+use crate::backend::OpTime;
 use crate::error::{Error, Result};
 use crate::shapes::{Span, TENSOR_ALIGN};
 use std::collections::HashMap;
@@ -29,6 +31,8 @@ struct Recording {
 /// Workgroups of a kernel to be run.
 #[derive(Clone, Copy)]
 pub(super) struct Work<'a> {
+    /// The operation it is a part of.
+    pub(super) op: &'static str,
     pub(super) kernel: &'a Kernel,
     pub(super) binds: &'a [Bind<'a>],
     /// The kernel's parameters after the first three.
@@ -67,6 +71,7 @@ pub(super) struct Recorder {
     graveyard: Graveyard,
     reads: Vec<(wgpu::Buffer, Arc<Mutex<ReadState>>)>,
     pool: Vec<wgpu::Buffer>,
+    profile: Option<Profile>,
 }
 
 impl Recorder {
@@ -87,12 +92,13 @@ impl Recorder {
             graveyard,
             reads: Vec::new(),
             pool: Vec::new(),
+            profile: None,
         }
     }
 
     /// Records a kernel's workgroups, in as many dispatches as the grid's size and the work ask for.
     pub(super) fn dispatch(&mut self, gpu: &Gpu, pipelines: &mut Pipelines, work: &Work<'_>) -> Result<()> {
-        let Work { kernel, binds, words, groups, flops } = *work;
+        let Work { op, kernel, binds, words, groups, flops } = *work;
         if groups == 0 {
             return Ok(());
         }
@@ -111,6 +117,12 @@ impl Recorder {
             let width = (end - first).min(per_dimension);
             self.make_room(gpu, (end - first) as f64 * flops)?;
             let offset = self.push_parameters(&[first as u32, end as u32, width as u32], words);
+            if let Some(profile) = &mut self.profile {
+                let recording = recording(&mut self.recording, gpu);
+                // The last one ends before this one begins.
+                recording.pass = None;
+                recording.pass = Some(profile.pass(&mut recording.encoder, op, kernel.name()));
+            }
             let pass = pass(&mut self.recording, gpu);
             pass.set_pipeline(&pipeline.pipeline);
             pass.set_bind_group(0, &self.groups[&key], &[offset]);
@@ -121,7 +133,8 @@ impl Recorder {
 
     /// Submits what is recorded when one more dispatch of `flops` would be too much.
     fn make_room(&mut self, gpu: &Gpu, flops: f64) -> Result<()> {
-        let full = self.arena.len() == MAX_DISPATCHES * PARAMETER_BYTES;
+        let full =
+            self.arena.len() == MAX_DISPATCHES * PARAMETER_BYTES || self.profile.as_ref().is_some_and(Profile::is_full);
         if full || self.flops + flops > SUBMISSION_SECONDS * self.slow_flops {
             self.submit(gpu)?;
         }
@@ -182,8 +195,11 @@ impl Recorder {
 
     /// Submits what is recorded. Writes by the queue after this come after it.
     pub(super) fn submit(&mut self, gpu: &Gpu) -> Result<()> {
-        if let Some(Recording { encoder, pass }) = self.recording.take() {
+        if let Some(Recording { mut encoder, pass }) = self.recording.take() {
             drop(pass);
+            if let Some(profile) = &self.profile {
+                profile.resolve(&mut encoder);
+            }
             if !self.arena.is_empty() {
                 gpu.queue.write_buffer(&self.parameters, 0, &self.arena);
             }
@@ -196,9 +212,25 @@ impl Recorder {
                 staging.map_async(wgpu::MapMode::Read, .., move |result| drop(sender.send(result)));
                 *lock(&state) = ReadState::Submitted(index.clone(), receiver);
             }
+            if let Some(profile) = &mut self.profile {
+                profile.collect(gpu)?;
+            }
         }
         self.bury();
         gpu.faults.check()
+    }
+
+    /// Starts to time dispatches; false when the device has no timestamps.
+    pub(super) fn profile_start(&mut self, gpu: &Gpu) -> Result<bool> {
+        self.submit(gpu)?;
+        self.profile = Profile::new(gpu)?;
+        Ok(self.profile.is_some())
+    }
+
+    /// Waits for all dispatches and returns what they took.
+    pub(super) fn profile_finish(&mut self, gpu: &Gpu) -> Result<Vec<OpTime>> {
+        self.submit(gpu)?;
+        Ok(self.profile.take().map_or_else(Vec::new, Profile::finish))
     }
 
     /// Forgets the bind groups of buffers that are gone, which keep the memory alive.
