@@ -1,9 +1,10 @@
 // The global gradient norm, and AdamW (Loshchilov & Hutter 2019) on the flat buffers with clipping by that norm.
 //
 //   norm_parts    per block: sum of squares of its share of the gradients
-//   grad_norm     norm = sqrt(sum of the parts)
+//   grad_norm     norm = sqrt(sum of the parts); one that is not finite stays
 //   adamw_step    g' = g min(1, clip/norm); m = b1 m + (1-b1) g'; v = b2 v + (1-b2) g'^2;
-//                 p -= lr (m unbias1 / (sqrt(v unbias2) + eps) + decay p); and p's bf16 copy, unless that is null
+//                 p -= lr (m unbias1 / (sqrt(v unbias2) + eps) + decay p); and p's bf16 copy, unless that is null;
+//                 nothing when the norm is not finite
 //   round_params  the bf16 copy alone
 //
 // Shapes: params, m, v, grads, copy: `count` elements, a multiple of 64; decays: one byte for each 64 of them; parts [blocks].
@@ -37,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(1024) grad_norm(float* norm, const 
     float sum = 0.0f;
     for (int part = threadIdx.x; part < count; part += 1024) sum += parts[part];
     sum = block_sum<1024>(sum);
-    if (threadIdx.x == 0) *norm = sqrtf(sum);
+    if (threadIdx.x == 0 && isfinite(*norm)) *norm = sqrtf(sum);
 }
 
 __device__ __forceinline__ void store_copy(bf16* copy, const float (&p)[4]) {
@@ -48,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(256)
     adamw_step(float* params, float* first, float* second, bf16* copy, const float* grads, const float* norm, const u8* decays,
                const Constants* constants, long long count) {
     long long at = ((long long)blockIdx.x * 256 + threadIdx.x) * 4;
-    if (at >= count) return;
+    if (at >= count || !isfinite(*norm)) return;
     Constants k = *constants;
     float clip = k.grad_clip > 0.0f && *norm > k.grad_clip ? k.grad_clip / *norm : 1.0f;
     float decay = decays[at / 64] ? k.weight_decay : 0.0f;

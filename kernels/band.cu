@@ -22,7 +22,7 @@ constexpr int THREADS = 32 * WARPS_DOWN * (BLOCK_COLS / WARP_COLS);
 constexpr int MT = WARP_ROWS / 16;
 constexpr int NT = WARP_COLS / 8;
 // A warp with many results has few registers for more than a step of the product at a time.
-constexpr int BAND_UNROLL = MT * NT >= 32 && UNROLL > 2 ? 2 : UNROLL;
+constexpr int BAND_UNROLL = MT * NT >= 16 && UNROLL > 2 ? 2 : UNROLL;
 constexpr int PANEL_ROWS = 64;
 [[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
 // Floats between rows of a tile of results: a quarter of the banks further each, so that a warp's stores spread over all.
@@ -93,14 +93,9 @@ __device__ __forceinline__ void multiply_covered(float (&acc)[MT][NT][4], const 
 template <int Count, int Cols, int Rows>
 __device__ __forceinline__ void stage_panel(const Tile<Rows>& tile, int tile_row, const Element* weights, const Panel& panel,
                                             int row, int col) {
-    constexpr int chunks = Cols / LANES;
     const Element* source = weights + panel.offset + row * panel.cols + col - panel.col;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < Count * chunks; i += THREADS) {
-        int r = i / chunks, c = i % chunks * LANES;
-        bool valid = row + r < panel.rows && col + c >= panel.col && col + c < panel.end();
-        copy_async(tile.at(tile_row + r, c), valid ? source + r * panel.cols + c : weights, valid);
-    }
+    stage_aligned<Count, Cols, THREADS>(tile, tile_row, source, panel.cols, panel.rows - row, panel.col - col,
+                                        panel.end() - col);
 }
 
 // A warp's results to the tile of results in shared memory.

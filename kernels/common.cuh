@@ -89,6 +89,13 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     return packed;
 }
 
+// tanh(x) within 2^-10.9 of itself.
+__device__ __forceinline__ float tanh_fast(float x) {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // 2^x within 2 ULP.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -233,23 +240,30 @@ __device__ __forceinline__ float block_max(float x) {
     return x;
 }
 
-// ---- GELU in its tanh form (Hendrycks & Gimpel 2016), u = sqrt(2/pi) (x + 0.044715 x^3)
+// ---- GELU in its tanh form (Hendrycks & Gimpel 2016), tanh(u) with u = sqrt(2/pi) (x + 0.044715 x^3)
 
-// tanh without overflow: with t = exp(-2 |x|), sign(x) (1 - t) / (1 + t).
-__device__ __forceinline__ float safe_tanh(float x) {
-    float t = exp2_fast(-2.8853900817779268f * fabsf(x));
-    return copysignf(__fdividef(1.0f - t, 1.0f + t), x);
+constexpr float SQRT_2_OVER_PI = 0.7978845608028654f;
+constexpr float CUBIC = 0.044715f * SQRT_2_OVER_PI;
+
+// As exact as the elements: for floats from t = exp(-2 |u|), which neither overflows nor cancels, as sign(u) (1 - t) / (1 + t).
+__device__ __forceinline__ float tanh_of(float u) {
+    if constexpr (PRECISION == 16) {
+        return tanh_fast(u);
+    } else {
+        float t = exp2_fast(-2.8853900817779268f * fabsf(u));
+        return copysignf(__fdividef(1.0f - t, 1.0f + t), u);
+    }
 }
 
 __device__ __forceinline__ float gelu(float x) {
-    float u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return 0.5f * x * (1.0f + safe_tanh(u));
+    float half = 0.5f * x, t = tanh_of(x * fmaf(CUBIC, x * x, SQRT_2_OVER_PI));
+    return fmaf(half, t, half);
 }
 
 __device__ __forceinline__ float gelu_derivative(float x) {
-    float t = safe_tanh(0.7978845608028654f * (x + 0.044715f * x * x * x));
-    float du = 0.7978845608028654f * (1.0f + 0.134145f * x * x);
-    return 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * du;
+    float square = x * x, t = tanh_of(x * fmaf(CUBIC, square, SQRT_2_OVER_PI));
+    float du = fmaf(3.0f * CUBIC, square, SQRT_2_OVER_PI);
+    return fmaf(0.5f, t, 0.5f) + 0.5f * x * fmaf(-t, t, 1.0f) * du;
 }
 
 // ---- Products of tiles in shared memory
@@ -301,25 +315,58 @@ struct Across {
     int first;
 };
 
-// Starts to copy `Rows` x `Cols` elements of a row-major matrix to a tile; zeros beyond `rows` and `cols`. With ALIGNED,
-// matrix, stride and cols are multiples of LANES elements.
+// Chunks of a row of `cols` elements, rounded up to a power of two.
+constexpr int rounded_chunks(int cols) {
+    int chunks = 1;
+    while (chunks * LANES < cols) chunks *= 2;
+    return chunks;
+}
+
+// Starts to copy `Count` x `Cols` elements of a row-major matrix, whose rows start at 16-byte boundaries, to the tile's rows
+// from `tile_row`; zeros from row `rows` on and outside columns [begin, end). Each thread keeps to one column.
+template <int Count, int Cols, int Threads, int Rows>
+__device__ __forceinline__ void stage_aligned(const Tile<Rows>& tile, int tile_row, const Element* matrix, long long stride,
+                                              int rows, int begin, int end) {
+    constexpr int chunks = rounded_chunks(Cols);
+    constexpr int at_once = Threads / chunks;
+    static_assert(Count % at_once == 0, "whole rounds of rows");
+    int row = threadIdx.x / chunks, col = threadIdx.x % chunks * LANES;
+    if (Cols % (chunks * LANES) != 0 && col >= Cols) return;
+    bool inside = col >= begin && col < end;
+    const Element* from = matrix + row * stride + col;
+    if (rows >= Count) {
+#pragma unroll
+        for (int r = 0; r < Count; r += at_once) {
+            copy_async(tile.at(tile_row + row + r, col), from, inside);
+            from += at_once * stride;
+        }
+    } else {
+#pragma unroll 1
+        for (int r = 0; r < Count; r += at_once) {
+            copy_async(tile.at(tile_row + row + r, col), from, inside && row + r < rows);
+            from += at_once * stride;
+        }
+    }
+}
+
+// The same for all the tile's rows of any matrix; zeros from row `rows` and column `cols` on. With ALIGNED its rows start at
+// 16-byte boundaries and `cols` is a multiple of LANES.
 template <int Cols, int Threads, int Rows>
 __device__ __forceinline__ void stage(const Tile<Rows>& tile, const Element* matrix, long long stride, int rows, int cols) {
+#if ALIGNED
+    stage_aligned<Rows, Cols, Threads>(tile, 0, matrix, stride, rows, 0, cols);
+#else
     constexpr int chunks = Cols / LANES;
-#pragma unroll ALIGNED ? 4 : 1
+#pragma unroll 1
     for (int i = threadIdx.x; i < Rows * chunks; i += Threads) {
         int row = i / chunks, col = i % chunks * LANES;
-#if ALIGNED
-        bool valid = row < rows && col < cols;
-        copy_async(tile.at(row, col), valid ? matrix + row * stride + col : matrix, valid);
-#else
         Element* to = reinterpret_cast<Element*>(tile.at(row, col));
         for (int lane = 0; lane < LANES; lane++) {
             bool valid = row < rows && col + lane < cols;
             store_element(to + lane, valid ? to_float(matrix[row * stride + col + lane]) : 0.0f);
         }
-#endif
     }
+#endif
 }
 
 #if PRECISION == 32

@@ -1,9 +1,9 @@
 // The global gradient norm, and AdamW (Loshchilov & Hutter 2019) on the flat buffers with clipping by that norm.
 //
 //   norm_parts  per group: sum of squares of its share of the gradients
-//   grad_norm   norm = sqrt(sum of the parts)
+//   grad_norm   norm = sqrt(sum of the parts); one that is not finite stays
 //   adamw_step  g' = g min(1, clip/norm); m = b1 m + (1-b1) g'; v = b2 v + (1-b2) g'^2;
-//               p -= lr (m unbias1 / (sqrt(v unbias2) + eps) + decay p)
+//               p -= lr (m unbias1 / (sqrt(v unbias2) + eps) + decay p); nothing when the norm is not finite
 //
 // Shapes: params, m, v, grads: a part of the flat buffers, a multiple of 64 elements; parts [groups].
 // Dtypes: f32.
@@ -31,6 +31,13 @@ struct Params {
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
+{%- if entry != "norm_parts" %}
+
+// By its bits: a compiler of shaders may take it that no number is infinite.
+fn is_finite(x: f32) -> bool {
+    return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u;
+}
+{% endif %}
 {%- if entry == "norm_parts" %}
 @group(0) @binding(1) var<storage, read> grads: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> parts: array<f32>;
@@ -56,7 +63,7 @@ fn grad_norm(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_ind
     var sum = 0.0;
     for (var part = thread; part < p.count; part += {{ threads }}u) { sum += parts[part]; }
     let all = group_sum(thread, sum);
-    if (thread == 0u) { norm[0] = sqrt(all); }
+    if (thread == 0u && is_finite(norm[0])) { norm[0] = sqrt(all); }
 }
 {%- else %}
 @group(0) @binding(1) var<storage, read_write> params: array<vec4<f32>>;
@@ -68,7 +75,7 @@ fn grad_norm(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_ind
 @compute @workgroup_size({{ threads }})
 fn adamw_step(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let at = group_index(id) * {{ threads }}u + thread;
-    if (at >= p.count) { return; }
+    if (at >= p.count || !is_finite(norm[0])) { return; }
     var clip = 1.0;
     if (p.grad_clip > 0.0 && norm[0] > p.grad_clip) { clip = p.grad_clip / norm[0]; }
     let g = grads[at] * clip;

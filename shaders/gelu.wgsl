@@ -1,7 +1,10 @@
 // The tanh form of GELU (Hendrycks & Gimpel 2016): gelu(x) = x/2 * (1 + tanh(u)), u = sqrt(2/pi) * (x + 0.044715 x^3).
 //
-// Shapes: element by element, four at once. Dtypes: f32. Grid, determinism: those of the product whose epilogue it is.
-// Included by: linear.wgsl, band.wgsl.
+// Shapes: element by element, four at once.
+// Dtypes: f32.
+// Grid: that of the product whose epilogue it is.
+// Determinism: element by element.
+// Caller: linear.wgsl and band.wgsl include it.
 
 const SQRT_2_OVER_PI: f32 = 0.7978846;
 const CUBIC: f32 = 0.044715;

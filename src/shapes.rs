@@ -132,6 +132,16 @@ pub struct Tensor {
     pub packed: Option<Dense>,
 }
 
+impl Tensor {
+    /// Its name in messages and in the native format: `wte`, or `h.3.fcw` for one layer's.
+    pub fn name(&self) -> String {
+        match self.param.per_layer() {
+            true => format!("h.{}.{}", self.layer, self.param.name()),
+            false => self.param.name().to_string(),
+        }
+    }
+}
+
 /// Where every parameter of a model lies.
 #[derive(Debug, Clone)]
 pub struct ParamTable {

@@ -146,7 +146,7 @@ pub fn compare(actual: &[f32], expected: &[f32], tolerance: Tolerance) -> Worst 
 /// The same for a tensor that may cancel as a whole, so that its own root mean square tells nothing of the terms whose error
 /// it keeps: `terms` is a lower bound of theirs.
 pub fn compare_cancelled(actual: &[f32], expected: &[f32], tolerance: Tolerance, terms: f64) -> Worst {
-    let rms = root_mean_square(expected).max(terms);
+    let rms = size(expected).max(terms);
     worst(actual, expected, |index| tolerance.0 * (f64::from(expected[index]).abs() + rms))
 }
 
@@ -160,6 +160,13 @@ pub fn cancelling_scores(dout: &[f32], values: &[f32], others: &[f32], head_size
     let scale = 1.0 / (head_size as f64).sqrt();
     let dp = (head_size as f64).sqrt() * root_mean_square(dout) * root_mean_square(values);
     scale * dp * root_mean_square(others) / (keys as f64).sqrt()
+}
+
+/// The root mean square of those values that are not zero: a result that is exactly zero had no terms (a row that a narrow
+/// band leaves without connections), and tells nothing of how large terms are.
+fn size(values: &[f32]) -> f64 {
+    let count = values.iter().filter(|&&value| value != 0.0).count();
+    root_mean_square(values) * (values.len() as f64 / count.max(1) as f64).sqrt()
 }
 
 /// sqrt(mean of squares).
@@ -269,6 +276,14 @@ mod tests {
             compare_cancelled(&[3.0, 4.1], &[3.0, 4.0], tolerance, 2.0),
             compare(&[3.0, 4.1], &[3.0, 4.0], tolerance)
         );
+    }
+
+    #[test]
+    fn results_without_terms_do_not_count() {
+        let tolerance = Tolerance(1e-3);
+        let alone = compare(&[1.001, -1.0], &[1.0, -1.0], tolerance);
+        let among_zeros = compare(&[0.0, 1.001, 0.0, 0.0, -1.0], &[0.0, 1.0, 0.0, 0.0, -1.0], tolerance);
+        assert!((alone.ratio() - among_zeros.ratio()).abs() < 1e-9);
     }
 
     #[test]

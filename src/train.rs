@@ -8,7 +8,7 @@ use crate::generate::{Generator, Sampler, Sampling};
 use crate::metrics::{Reporter, StepRecord, ValRecord};
 use crate::model::{Activations, Model};
 use crate::optim::{Hyperparameters, Optimizer, Schedule, StepResult};
-use crate::shapes::Span;
+use crate::shapes::{Span, Tensor};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,10 +83,20 @@ pub struct Trainer<'a, B: Backend> {
     reporter: &'a mut Reporter,
     inputs: Vec<u32>,
     targets: Vec<u32>,
-    /// The result that is still on its way from the device, with its learning rate.
-    pending: Option<(StepResult<B>, f64)>,
+    /// The result that is still on its way from the device.
+    pending: Option<Unfinished<B>>,
+    /// The step after which the last checkpoint was written.
+    saved: Option<u64>,
     /// When the last step was complete, or whatever came after it: a step's time runs from here.
     clock: Instant,
+}
+
+/// A step that is recorded and not yet collected.
+struct Unfinished<B: Backend> {
+    result: StepResult<B>,
+    learning_rate: f64,
+    /// Where its batches begin.
+    position: Position,
 }
 
 impl<'a, B: Backend> Trainer<'a, B> {
@@ -112,6 +122,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             inputs: vec![0; rows],
             targets: vec![0; rows],
             pending: None,
+            saved: None,
             clock: Instant::now(),
         })
     }
@@ -123,6 +134,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
     pub fn resume(&mut self, train: &mut Loader, progress: Progress) -> Result<()> {
         let Progress { step, batches, moments } = progress;
         self.optimizer.restore(self.model, &moments, step)?;
+        self.saved = Some(step);
         if step >= self.plan.steps {
             self.reporter.note(&format!("note: all {} steps are done; ask for more with -n", self.plan.steps))?;
         }
@@ -181,7 +193,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             if !(due(plan.val_every) || due(plan.sample_every) || due(plan.checkpoint_every) || last || stop) {
                 continue;
             }
-            self.collect(step)?;
+            self.collect(train, step)?;
             validate(self, step)?;
             if due(plan.sample_every) {
                 self.sample(step)?;
@@ -202,26 +214,38 @@ impl<'a, B: Backend> Trainer<'a, B> {
     /// Records one step. Its result is collected a step later, so that the device never waits for the host.
     fn step(&mut self, train: &mut Loader, step: u64) -> Result<()> {
         let plan = self.plan;
-        for micro_step in 0..plan.grad_accum {
-            train.next_batch(&mut self.inputs, &mut self.targets)?;
-            self.model.upload_batch(&mut self.acts, &self.inputs, &self.targets)?;
-            self.optimizer.micro_step(self.model, &mut self.acts, micro_step, plan.grad_accum)?;
-        }
+        let position = train.position();
+        self.micro_steps(train)?;
         let learning_rate = plan.schedule.learning_rate(plan.learning_rate, step, plan.steps, plan.warmup);
         let result = self.optimizer.update(self.model, &plan.hyper, learning_rate)?;
-        self.collect(step - 1)?;
-        self.pending = Some((result, learning_rate));
-        if B::SYNCHRONOUS { self.collect(step) } else { Ok(()) }
+        self.collect(train, step - 1)?;
+        self.pending = Some(Unfinished { result, learning_rate, position });
+        if B::SYNCHRONOUS { self.collect(train, step) } else { Ok(()) }
+    }
+
+    /// Records the gradients of the next step's batches.
+    fn micro_steps(&mut self, train: &mut Loader) -> Result<()> {
+        for micro_step in 0..self.plan.grad_accum {
+            train.next_batch(&mut self.inputs, &mut self.targets)?;
+            self.model.upload_batch(&mut self.acts, &self.inputs, &self.targets)?;
+            self.optimizer.micro_step(self.model, &mut self.acts, micro_step, self.plan.grad_accum)?;
+        }
+        Ok(())
     }
 
     /// Waits for the result of `step`, if it is still out, and reports it.
-    fn collect(&mut self, step: u64) -> Result<()> {
-        let Some((result, lr)) = self.pending.take() else { return Ok(()) };
+    fn collect(&mut self, train: &mut Loader, step: u64) -> Result<()> {
+        let Some(Unfinished { result, learning_rate: lr, position }) = self.pending.take() else { return Ok(()) };
         let (train_loss, grad_norm) = result.collect(self.model)?;
         if !(train_loss.is_finite() && grad_norm.is_finite()) {
+            let cause = self.cause_of_divergence(train, position)?;
+            let kept = match self.saved {
+                Some(step) => format!("the last checkpoint, after step {step}, is in {}", self.plan.checkpoint.display()),
+                None => "no checkpoint was written before".to_string(),
+            };
             return Err(Error::usage(format!(
-                "the training diverged: at step {step} the loss is {train_loss} and the gradient norm {grad_norm}; go \
-                 on from an earlier checkpoint with a smaller --learning-rate, more --warmup or --grad-clip 1"
+                "the training diverged: at step {step} the loss is {train_loss} and the gradient norm {grad_norm}; {cause}; \
+                 {kept}; go on from an earlier one with a smaller --learning-rate, more --warmup or --grad-clip 1"
             )));
         }
         let seconds = self.clock.elapsed().as_secs_f64().max(1e-9);
@@ -235,6 +259,20 @@ impl<'a, B: Backend> Trainer<'a, B> {
             tokens: step * step_tokens,
             tok_per_s: step_tokens as f64 / seconds,
             step_ms: seconds * 1e3,
+        })
+    }
+
+    /// Which tensor's gradient is not finite, by running the step's batches once more: an update with such gradients is not
+    /// made, so the weights are still those that led to them.
+    fn cause_of_divergence(&mut self, train: &mut Loader, position: Position) -> Result<String> {
+        train.seek(position)?;
+        self.micro_steps(train)?;
+        let grads = self.optimizer.grads(self.model)?;
+        let table = self.model.table();
+        let is_broken = |tensor: &&Tensor| grads[tensor.span.range()].iter().any(|gradient| !gradient.is_finite());
+        Ok(match table.tensors().iter().find(is_broken) {
+            None => "every gradient is finite, but the sum of their squares overflows".to_string(),
+            Some(tensor) => format!("the first gradient that is not finite is that of {}", tensor.name()),
         })
     }
 
@@ -282,6 +320,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             }
             format => checkpoint::save(path, &checkpoint, format)?,
         }
+        self.saved = Some(step);
         self.reporter.note(&format!("step {step}/{} | checkpoint written to {}", self.plan.steps, path.display()))
     }
 }

@@ -152,6 +152,30 @@ pub fn check<B: Backend>(backend: B, name: &str, unit: f64) {
     check_band(&model.weights().unwrap(), name);
 }
 
+/// Holds a backend of low precision against a golden run: the losses of all steps, and the band. Each layer rounds about ten
+/// activations and weights on the way to the logits; a loss is a mean over all rows, whose errors are independent. The weights'
+/// own errors are of a higher order: an update is a small part of a weight.
+#[allow(dead_code)] // for the tests of backends that have such a precision
+pub fn follow<B: Backend>(backend: B, name: &str) {
+    let golden = Golden::load(name);
+    let t = golden.config.max_seq_len;
+    let mut model = Model::new(backend, &golden.weights).unwrap();
+    let unit = model.backend().arithmetic().operand_unit();
+    let tolerance = Tolerance::of_sums(unit, [10 * golden.config.num_layers]).0 / (golden.rows() as f64).sqrt();
+    let mut acts = Activations::new(&mut model, golden.batch, t, true).unwrap();
+    let mut optimizer = Optimizer::new(&mut model).unwrap();
+    for step in 0..golden.steps {
+        let (inputs, targets) = golden.batch(step);
+        model.upload_batch(&mut acts, inputs, targets).unwrap();
+        optimizer.micro_step(&mut model, &mut acts, 0, 1).unwrap();
+        let result = optimizer.update(&mut model, &golden.hyper, golden.learning_rate).unwrap();
+        let (loss, _) = result.collect(&mut model).unwrap();
+        let error = (f64::from(loss) / golden.losses[step] - 1.0).abs();
+        assert!(error <= tolerance, "{name} loss of step {step}: {loss}, not {} ({error:e})", golden.losses[step]);
+    }
+    check_band(&model.weights().unwrap(), name);
+}
+
 /// Parameters after `steps` updates.
 fn check_parameters<B: Backend>(golden: &Golden, model: &mut Model<B>, steps: usize, name: &str, unit: f64) {
     let weights = model.weights().unwrap();

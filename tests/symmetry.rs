@@ -5,8 +5,25 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What is no operation: a backend's machinery, and what kernels share.
-const HELPERS: [&str; 10] =
-    ["mod", "common", "matrix", "reduce", "device", "buffer", "pipelines", "profile", "recorder", "tuning"];
+const HELPERS: [&str; 17] = [
+    "mod",
+    "common",
+    "matrix",
+    "reduce",
+    "device",
+    "buffer",
+    "pipelines",
+    "profile",
+    "recorder",
+    "tuning",
+    "blas",
+    "compiler",
+    "driver",
+    "libraries",
+    "product",
+    "report",
+    "tape",
+];
 
 /// Stems of the files with this extension in a folder.
 fn stems(folder: &str, extension: &str) -> BTreeSet<String> {
@@ -26,14 +43,23 @@ fn the_wgpu_backend_has_the_references_stems() {
 }
 
 #[test]
+fn the_cuda_backend_has_the_references_stems() {
+    let reference = stems("src/backend/cpu", "rs");
+    assert_eq!(stems("src/backend/cuda", "rs"), reference);
+    assert_eq!(stems("kernels", "cu"), reference);
+}
+
+#[test]
 fn every_kernel_says_what_it_is_before_anything_else() {
-    for stem in stems("shaders", "wgsl").into_iter().chain(["reduce".to_string()]) {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders").join(format!("{stem}.wgsl"));
-        let text = std::fs::read_to_string(path).unwrap();
+    let files = |folder: &'static str, extension: &'static str| {
+        let stems = stems(folder, extension).into_iter().chain(["reduce".to_string()]);
+        stems.map(move |stem| format!("{folder}/{stem}.{extension}"))
+    };
+    for file in files("shaders", "wgsl").chain(files("kernels", "cu")) {
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(&file)).unwrap();
         let header: String = text.lines().take_while(|line| line.starts_with("//")).collect::<Vec<_>>().join("\n");
-        for part in ["Shapes:", "Dtypes:", "Grid", "eterminism", "by:"] {
-            let found = header.contains(part) || (part == "by:" && header.contains("Caller:"));
-            assert!(found, "{stem}.wgsl does not say its {part}");
+        for part in ["Shapes:", "Dtypes:", "Grid:", "Determinism:", "Caller:"] {
+            assert!(header.contains(part), "{file} does not say its {part}");
         }
     }
 }

@@ -718,7 +718,8 @@ pub trait AdamW: Device {
     /// The device has not enough memory.
     fn adamw_plan(&mut self, decayed: &[Span], len: usize) -> Result<Self::Plan>;
 
-    /// `norm[0]` = the Euclidean norm of all gradients, summed in a fixed order.
+    /// `norm[0]` = the Euclidean norm of all gradients, summed in a fixed order. One that is not finite stays there whatever
+    /// gradients come after it, so that nothing is updated until someone has looked at it.
     ///
     /// # Errors
     /// The device failed.
@@ -726,7 +727,7 @@ pub trait AdamW: Device {
 
     /// With g the gradient times min(1, clip / norm): `m = b1*m + (1-b1)*g`, `v = b2*v + (1-b2)*g^2`,
     /// `p -= lr * (m/(1-b1^step) / (sqrt(v/(1-b2^step)) + eps) + decay*p)`. Where p, m, v and g are 0 (outside a band)
-    /// p stays exactly 0.
+    /// p stays exactly 0. When the norm is not finite nothing changes.
     ///
     /// # Errors
     /// The device failed.

@@ -53,7 +53,7 @@ pub fn read(path: &Path) -> Result<Weights> {
         let tensor = weights.table().tensors()[index];
         let stored = weights.stored_mut(tensor.param, tensor.layer);
         values::read(&mut file, encoding, stored).map_err(Error::io("read", path))?;
-        values::check_finite(path, &values::name(tensor), stored)?;
+        values::check_finite(path, &tensor.name(), stored)?;
     }
     Ok(weights)
 }

@@ -250,7 +250,7 @@ fn check_savable(path: &Path, weights: &Weights, meta: &Meta, encoding: Encoding
         check_tokenizer(name).map_err(Error::Internal)?;
     }
     for &tensor in weights.table().tensors() {
-        let (name, stored) = (values::name(tensor), weights.stored(tensor.param, tensor.layer));
+        let (name, stored) = (tensor.name(), weights.stored(tensor.param, tensor.layer));
         if let Some(index) = stored.iter().position(|&value| !encoding.rounded(value).is_finite()) {
             let what = format!(
                 "was not written: weight {index} of tensor {name} is {}; the training has diverged, go back to an \

@@ -7,7 +7,7 @@
 use crate::atomic::SealedFile;
 use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
 use crate::checkpoint::container::{self, Container, Entry};
-use crate::checkpoint::values::{self, Encoding};
+use crate::checkpoint::values::Encoding;
 use crate::checkpoint::{Checked, Checkpoint, Meta, Moments, quoted};
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
@@ -45,7 +45,7 @@ pub fn write(path: &Path, checkpoint: &Checkpoint, moments: Option<&Moments>) ->
         .flat_map(|(prefix, set)| set.table().tensors().iter().map(move |&tensor| (prefix, set, tensor)))
         .collect();
     let entry = |&(prefix, _, tensor): &(&str, _, Tensor)| -> Entry {
-        (format!("{prefix}{}", values::name(tensor)), shape(tensor, weights.config(), tensor.span.len))
+        (format!("{prefix}{}", tensor.name()), shape(tensor, weights.config(), tensor.span.len))
     };
     let entries: Vec<Entry> = tensors.iter().map(entry).collect();
     let stored = |index: usize| {
@@ -190,7 +190,7 @@ fn check_shapes(
     let packed_len = |param| table.band(param).map(|(band, _)| packing.panels(band).iter().map(Panel::len).sum());
     for &tensor in table.tensors() {
         let len = packed_len(tensor.param).unwrap_or(tensor.span.len);
-        let name = format!("{prefix}{}", values::name(tensor));
+        let name = format!("{prefix}{}", tensor.name());
         container.check(&name, &shape(tensor, config, len), &[Encoding::F32])?;
     }
     Ok(())
@@ -199,7 +199,7 @@ fn check_shapes(
 /// The model's tensors are there, and beside them nothing but moments.
 fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, packing: Packing) -> Result<()> {
     check_shapes(container, "", config, table, packing)?;
-    let known: BTreeSet<_> = table.tensors().iter().map(|&tensor| values::name(tensor)).collect();
+    let known: BTreeSet<_> = table.tensors().iter().map(Tensor::name).collect();
     let plain = |name: &str| name.strip_prefix(FIRST).or(name.strip_prefix(SECOND)).unwrap_or(name).to_string();
     match container.names().into_iter().find(|name| !known.contains(&plain(name))) {
         None => Ok(()),
@@ -219,7 +219,7 @@ fn read_tensor(
     tensor: Tensor,
     packed: Option<(&Band, Packing)>,
 ) -> Result<()> {
-    let name = format!("{prefix}{}", values::name(tensor));
+    let name = format!("{prefix}{}", tensor.name());
     let stored = weights.stored_mut(tensor.param, tensor.layer);
     let Some((band, packing)) = packed else {
         return container.read(&name, stored);

@@ -2,7 +2,6 @@
 
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
-use crate::shapes::Tensor;
 use bytemuck::{Pod, Zeroable};
 use half::{bf16, f16};
 use std::io::{self, Read};
@@ -86,14 +85,6 @@ fn append_halves<H: Pod>(file: &mut AtomicFile, values: &[f32], round: fn(f32) -
         file.append(bytemuck::cast_slice(&block))?;
     }
     Ok(())
-}
-
-/// A tensor's name in messages and in the native format: `wte`, or `h.3.fcw` for one layer's.
-pub fn name(tensor: Tensor) -> String {
-    match tensor.param.per_layer() {
-        true => format!("h.{}.{}", tensor.layer, tensor.param.name()),
-        false => tensor.param.name().to_string(),
-    }
 }
 
 /// Refuses NaN and infinity in a tensor that was read.

@@ -3,7 +3,7 @@
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
 use crate::backend::{Arithmetic, Backend};
-use crate::backend::wgpu::{Options, Wgpu};
+use crate::backend::wgpu::{AdapterKind, Options, Wgpu, adapters};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendName {
-    /// An NVIDIA card if there is one, else the processor, and says so.
+    /// An NVIDIA card if there is one, else another GPU, else the processor; says which and why.
     Auto,
     /// NVIDIA GPUs.
     Cuda,
@@ -82,7 +82,7 @@ pub fn with_backend<T: Task>(args: &DeviceArgs, task: T) -> Result<T::Output> {
             let tuning_changes = std::env::var_os(TUNING).map(|changes| changes.to_string_lossy().into_owned());
             task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), tuning_changes, ..Options::default() })?)
         }
-        BackendName::Cuda => task.run(Cuda::new(cuda::Options { arithmetic: cuda_arithmetic(args.precision)? })?),
+        BackendName::Cuda => task.run(Cuda::new(cuda::Options { arithmetic: cuda_arithmetic(args.precision)?, ..cuda::Options::default() })?),
         BackendName::Cpu | BackendName::Auto => {
             fp32_only(args.precision, "cpu")?;
             task.run(Cpu::new())
@@ -96,12 +96,14 @@ impl DeviceArgs {
         match (self.backend, &self.adapter) {
             // Naming an adapter is asking for wgpu.
             (BackendName::Auto, Some(_)) => (BackendName::Wgpu, None),
-            (BackendName::Auto, None) => match cuda::is_usable() {
-                true => (BackendName::Cuda, Some("auto: this machine has an NVIDIA card")),
-                false => {
-                    (BackendName::Cpu, Some("auto: no NVIDIA card; another GPU is used when asked for, with --backend wgpu"))
-                }
-            },
+            (BackendName::Auto, None) if cuda::is_usable() => {
+                (BackendName::Cuda, Some("auto: this machine has an NVIDIA card"))
+            }
+            // A program that runs shaders on the processor is slower than the processor itself.
+            (BackendName::Auto, None) if adapters().iter().any(|adapter| adapter.kind != AdapterKind::Software) => {
+                (BackendName::Wgpu, Some("auto: this machine has a GPU, and no NVIDIA card with CUDA"))
+            }
+            (BackendName::Auto, None) => (BackendName::Cpu, Some("auto: this machine has no GPU")),
             (name, _) => (name, None),
         }
     }

@@ -3,12 +3,12 @@
 use super::device::{DeviceArgs, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
-use crate::backend::Backend;
-use crate::backend::Device;
+use crate::backend::{Arithmetic, Backend, Device};
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda;
 use crate::backend::wgpu;
 use crate::config::{GptConfig, preset};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::memory::{MemoryEstimate, stored_elements};
 use crate::output::{bytes, grouped};
 use crate::say;
@@ -43,6 +43,10 @@ pub struct InfoArgs {
     /// Write every wgpu shader, at every instantiation, to a folder
     #[arg(long, value_name = "DIR")]
     dump_shaders: Option<PathBuf>,
+    /// Compile every cuda kernel for an architecture (89 is sm_89), show what each takes, and fail if one spills; needs NVRTC
+    /// only
+    #[arg(long, value_name = "ARCH", value_parser = clap::value_parser!(u32).range(80..1000))]
+    cuda_kernels: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -74,6 +78,9 @@ pub fn run(args: InfoArgs) -> Result<()> {
         let count = wgpu::dump_shaders(folder)?;
         return say!("{}: {count} shaders", folder.display());
     }
+    if let Some(architecture) = args.cuda_kernels {
+        return cuda_kernels(architecture, args.json);
+    }
     let preset = preset(&args.preset)?;
     let config = GptConfig {
         fc1_bandwidth: args.fc1_bandwidth.unwrap_or(preset.model.fc1_bandwidth),
@@ -85,6 +92,55 @@ pub fn run(args: InfoArgs) -> Result<()> {
     check_seq_len(tokens, config.max_seq_len)?;
     let batch = args.batch_size.unwrap_or(preset.batch_size);
     with_backend(&args.device.clone(), Info { config, batch, tokens, json: args.json, preset: args.preset })
+}
+
+/// The table of what the cuda kernels take.
+fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
+    let (major, minor) = cuda::nvrtc_version()?;
+    let mut uses = Vec::new();
+    for arithmetic in [Arithmetic::Fp32, Arithmetic::Tf32, Arithmetic::Bf16] {
+        uses.extend(cuda::kernel_uses(arithmetic, architecture)?);
+    }
+    let spilling: Vec<&cuda::KernelUse> = uses.iter().filter(|kernel| kernel.spills != [0; 3]).collect();
+    if json {
+        say!("{}", serde_json::json!({ "nvrtc": [major, minor], "architecture": architecture, "kernels": uses }))?;
+    } else {
+        say!("NVRTC {major}.{minor}, sm_{architecture}; occupancy as on sm_89, of 48 warps")?;
+        say!("{:<27} {:>9} {:>7} {:>9} {:>12} {:>6}  unit", "kernel", "precision", "threads", "registers", "shared bytes", "warps")?;
+        for kernel in &uses {
+            let cuda::KernelUse { unit, entry, precision, threads, registers, shared_memory, sm89_warps, .. } = kernel;
+            say!("{entry:<27} {precision:>9} {threads:>7} {registers:>9} {shared_memory:>12} {sm89_warps:>6}  {unit}")?;
+        }
+        say!("{} kernels, {} of them spill or use a stack", uses.len(), spilling.len())?;
+    }
+    match spilling.first() {
+        None => Ok(()),
+        Some(kernel) => Err(Error::Internal(format!(
+            "{} kernels spill on sm_{architecture} with NVRTC {major}.{minor}, the first is {} of {}",
+            spilling.len(),
+            kernel.entry,
+            kernel.unit
+        ))),
+    }
+}
+
+/// The card with where its libraries came from, or why there is none.
+fn describe_cuda() -> String {
+    let of = |library: cuda::Library| {
+        let from = cuda::loaded_from(library).map_or("a place the system does not tell".into(), |p| p.display().to_string());
+        format!("{} from {from}", library.name())
+    };
+    let card = cuda::card().and_then(|card| cuda::Library::ALL.into_iter().try_for_each(cuda::ensure).map(|()| card));
+    match card {
+        Err(why) => format!("none: {why}"),
+        Ok(cuda::Card { name, architecture, memory, multiprocessors, driver, .. }) => format!(
+            "{name} (sm_{architecture}, {multiprocessors} multiprocessors, {}, driver for CUDA {}.{})\n           {}",
+            bytes(memory),
+            driver.0,
+            driver.1,
+            cuda::Library::ALL.map(of).join("\n           ")
+        ),
+    }
 }
 
 impl Task for Info {
@@ -113,6 +169,7 @@ impl Info {
             Cpu::new().description(),
             bytes(Cpu::new().free_bytes().unwrap_or(0))
         )?;
+        say!("  cuda     {}", describe_cuda())?;
         let adapters = wgpu::adapters();
         if adapters.is_empty() {
             say!("  wgpu     no adapter: there is no driver for Vulkan, Metal or DirectX 12")?;
@@ -206,5 +263,14 @@ fn devices_json() -> Vec<serde_json::Value> {
             "features": adapter.features,
         })
     });
-    std::iter::once(cpu).chain(adapters).collect()
+    let card = cuda::card().ok().map(|card| {
+        serde_json::json!({
+            "backend": "cuda",
+            "name": card.name,
+            "architecture": card.architecture,
+            "memory_bytes": card.memory,
+            "multiprocessors": card.multiprocessors,
+        })
+    });
+    std::iter::once(cpu).chain(card).chain(adapters).collect()
 }

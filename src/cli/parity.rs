@@ -1,7 +1,7 @@
 //! `bandtrain parity`: does a backend compute what the reference computes, on this machine?
 
 use super::device::{BackendName, DeviceArgs, Precision, Task, with_backend};
-use crate::backend::Backend;
+use crate::backend::{Arithmetic, Backend};
 use crate::error::{Error, Result};
 use crate::parity::{self, Row};
 use crate::say;
@@ -61,7 +61,11 @@ impl<A: Backend> Task for Both<A> {
     type Output = ();
 
     fn run<B: Backend>(mut self, mut reference: B) -> Result<()> {
-        let names = (self.device.description(), reference.description());
+        let named = |description, arithmetic: Arithmetic| format!("{description}, {}", arithmetic.name());
+        let names = (
+            named(self.device.description(), self.device.arithmetic()),
+            named(reference.description(), reference.arithmetic()),
+        );
         let rows = parity::run(&mut self.device, &mut reference)?;
         let failed = rows.iter().filter(|row| !row.passes()).count();
         if self.args.json {
@@ -73,6 +77,9 @@ impl<A: Backend> Task for Both<A> {
                 say!("{row}")?;
             }
             say!("{} of {} rows pass", rows.len() - failed, rows.len())?;
+            for summary in parity::summaries(&rows) {
+                say!("{summary}")?;
+            }
         }
         match failed {
             0 => Ok(()),

@@ -101,6 +101,46 @@ impl std::fmt::Display for Row {
     }
 }
 
+/// What a user asks first, and the outputs that answer it.
+const QUESTIONS: [(&str, &[&str]); 5] = [
+    ("FC1 forward", &["FC1 pre", "FC1 gelu"]),
+    ("FC1 backward", &["FC1 dinput", "FC1 dweight", "FC1 dbias"]),
+    ("FC2 forward", &["FC2 out"]),
+    ("FC2 backward", &["FC2 dinput", "FC2 dweight", "FC2 dbias"]),
+    ("masked optimizer output", &["masked params", "masked m", "masked v"]),
+];
+
+/// The comparisons of one part of a banded layer.
+#[derive(Debug, Clone)]
+pub struct Summary<'a> {
+    /// The part: "FC1 forward", "masked optimizer output".
+    pub name: &'static str,
+    /// How many comparisons there were.
+    pub rows: usize,
+    /// The one that came nearest to, or went furthest beyond, its tolerance.
+    pub worst: &'a Row,
+}
+
+/// The banded layers' forward and backward pass and the masked optimizer's output, each by name.
+pub fn summaries(rows: &[Row]) -> Vec<Summary<'_>> {
+    let summary = |&(name, outputs): &(&'static str, &[&str])| {
+        let of: Vec<&Row> = rows.iter().filter(|row| outputs.contains(&row.output)).collect();
+        let badness = |row: &Row| if row.not_zero.is_some() { f64::INFINITY } else { row.worst.ratio() };
+        let worst = of.iter().copied().max_by(|a, b| badness(a).total_cmp(&badness(b)))?;
+        Some(Summary { name, rows: of.len(), worst })
+    };
+    QUESTIONS.iter().filter_map(summary).collect()
+}
+
+impl std::fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Summary { name, rows, worst: row } = self;
+        let verdict = if row.passes() { "ok" } else { "FAILED" };
+        let (ratio, shape) = (row.worst.ratio(), &row.shape);
+        write!(f, "{verdict:6} {name}: {rows} comparisons, at worst {ratio:.2} of the tolerance ({shape}, {})", row.output)
+    }
+}
+
 /// Runs every case on both backends.
 ///
 /// # Errors

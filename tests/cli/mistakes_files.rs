@@ -130,7 +130,11 @@ fn diverged_models_say_so() {
         sentence.contains("the training diverged: at step 2") && sentence.contains("--learning-rate"),
         "{sentence}"
     );
+    assert!(sentence.contains("no checkpoint was written before") && sentence.contains("gradient"), "{sentence}");
     assert!(!place.path("out.safetensors").exists());
+    let output = place.command(&format!("{TRAIN} -v 0 -s 0 -l 1e30 --warmup 0 -k 1")).output().unwrap();
+    let sentence = one_sentence(&output, 2);
+    assert!(sentence.contains("the last checkpoint, after step 1, is in out.safetensors"), "{sentence}");
 }
 
 #[test]

@@ -238,6 +238,11 @@ __forceinline__ float exp2_fast(float x) {
     return y < 0x1p-126f ? 0.0f : y;
 }
 
+// No more exact than hardware's: 10 bits after the point.
+__forceinline__ float tanh_fast(float x) {
+    return __uint_as_float(to_tf32(__float_as_uint(tanhf(x))));
+}
+
 // (New primitives of the common text go here; those that a warp does together get an Operation in runtime.cpp.)
 
 // ---- What libnvrtc adds behind the kernels

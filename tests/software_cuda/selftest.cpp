@@ -57,6 +57,8 @@ static void open_libraries() {
 }
 
 static std::string compile(const std::string& source, std::vector<const char*> options = {}, std::string* log = nullptr) {
+    // What the text before every kernel asks for.
+    options.insert(options.end(), {"-DPRECISION=16", "-DALIGNED=1"});
     void* program;
     OK("nvrtcCreateProgram", &program, (common + source).c_str(), "test.cu", 0, nullptr, nullptr);
     int result = call("nvrtcCompileProgram", program, int(options.size()), options.data());

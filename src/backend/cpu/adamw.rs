@@ -34,7 +34,9 @@ impl AdamW for Cpu {
     }
 
     fn grad_norm(&mut self, norm: &mut Vec<f32>, grads: &Vec<f32>) -> Result<()> {
-        norm[0] = sum_of(grads, |g| f64::from(g) * f64::from(g)).sqrt() as f32;
+        if norm[0].is_finite() {
+            norm[0] = sum_of(grads, |g| f64::from(g) * f64::from(g)).sqrt() as f32;
+        }
         Ok(())
     }
 
@@ -46,6 +48,9 @@ impl AdamW for Cpu {
         plan: &Vec<Segment>,
         step: &AdamWStep,
     ) -> Result<()> {
+        if !norm[0].is_finite() {
+            return Ok(());
+        }
         let k = step.constants();
         let clip = if k.grad_clip > 0.0 && norm[0] > k.grad_clip { k.grad_clip / norm[0] } else { 1.0 };
         for Segment { range, decays } in plan {

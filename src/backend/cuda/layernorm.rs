@@ -12,7 +12,7 @@ const BLOCK: usize = 256;
 /// Blocks of the backward kernel: enough for every multiprocessor, few enough that their sums are quickly added.
 const BACKWARD_BLOCKS_PER_MULTIPROCESSOR: usize = 2;
 /// The widest row there are threads, and shared memory, for.
-const MAX_CHANNELS: usize = 12_288;
+const MAX_CHANNELS: usize = 8192;
 
 /// How a row is cut into threads' pieces.
 #[derive(Clone, Copy)]
@@ -27,7 +27,7 @@ fn cut(arithmetic: Arithmetic, channels: usize, backward: bool) -> (Unit, Cut) {
     let aligned = channels.is_multiple_of(lanes);
     let width = if aligned { lanes } else { 1 };
     let slots = |threads: usize| channels.div_ceil(threads * width);
-    let threads = [32, 64, 128, 256, 512].into_iter().find(|&t| slots(t) * width <= THREAD_COLUMNS).unwrap_or(1024);
+    let threads = [32, 64, 128, 256].into_iter().find(|&t| slots(t) * width <= THREAD_COLUMNS).unwrap_or(512);
     // Rows of one warp each share a block; a longer row has the block to itself, for its threads meet at barriers.
     let rows = if threads == 32 { BLOCK / 32 } else { 1 };
     let unit = unit("layernorm", arithmetic, aligned).with(&[

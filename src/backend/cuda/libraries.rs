@@ -112,19 +112,29 @@ pub fn loaded_from(library: Library) -> Option<PathBuf> {
 }
 
 /// Loads a library from a folder and keeps it; false when it is not there.
-#[allow(unsafe_code)]
 fn load_from(library: Library, folder: &Path) -> bool {
     library.files().iter().map(|file| folder.join(file)).filter(|path| path.exists()).any(|path| {
-        // SAFETY: the file has the name of NVIDIA's library; its initializers run, as if the loader had found it itself.
-        match unsafe { libloading::Library::new(path) } {
-            Ok(library) => {
-                // It stays loaded as long as the program runs: cudarc keeps pointers into it.
-                std::mem::forget(library);
-                true
-            }
-            Err(_) => false,
+        if library == Library::Nvrtc {
+            // NVRTC opens its second half by name, and not every wheel's knows that it lies beside it.
+            let pattern = folder.join("libnvrtc-builtins.so.*").display().to_string();
+            glob::glob(&pattern).into_iter().flatten().flatten().for_each(|path| _ = load(&path));
         }
+        load(&path)
     })
+}
+
+/// Loads a library and keeps it.
+#[allow(unsafe_code)]
+fn load(path: &Path) -> bool {
+    // SAFETY: the file has the name of a library of NVIDIA's; its initializers run, as if the loader had found it itself.
+    match unsafe { libloading::Library::new(path) } {
+        Ok(library) => {
+            // It stays loaded as long as the program runs: cudarc keeps pointers into it.
+            std::mem::forget(library);
+            true
+        }
+        Err(_) => false,
+    }
 }
 
 /// The folders that the user named.

@@ -10,25 +10,11 @@ use crate::shapes::Span;
 
 const THREADS: usize = 512;
 const COPY_THREADS: usize = 256;
-/// Bytes of logits that exist at one time, about.
-const LOGIT_BYTES: usize = 256 << 20;
-/// Chunks have a multiple of so many rows: whole tiles of products.
+/// Chunks have a multiple of so many rows where they can: whole tiles of products.
 const ROW_ALIGN: usize = 256;
-
-/// Rows whose logits exist at one time.
-pub(super) fn chunk_rows(dims: HeadDims, element: Element) -> usize {
-    let fitting = LOGIT_BYTES / (dims.padded_vocab * element.bytes());
-    (fitting / ROW_ALIGN * ROW_ALIGN).max(ROW_ALIGN).min(dims.rows)
-}
 
 fn unit_of(arithmetic: Arithmetic, aligned: bool, gradient: bool, logit: &'static str) -> Unit {
     unit("loss", arithmetic, aligned).with(&[("LOGIT", logit.into()), ("GRADIENT", gradient.into())])
-}
-
-/// One row chunk at a time: its first row and its number of rows.
-fn chunks(dims: HeadDims, element: Element) -> impl Iterator<Item = (usize, usize)> {
-    let (rows, most) = (dims.rows, chunk_rows(dims, element).max(1));
-    (0..rows).step_by(most).map(move |first| (first, most.min(rows - first)))
 }
 
 /// What both passes over the head need.
@@ -42,6 +28,19 @@ struct Head {
 }
 
 impl Cuda {
+    /// Rows whose logits exist at one time.
+    pub(super) fn chunk_rows(&self, dims: HeadDims, element: Element) -> usize {
+        let fitting = self.logit_bytes / (dims.padded_vocab * element.bytes());
+        let aligned = if fitting >= ROW_ALIGN { fitting / ROW_ALIGN * ROW_ALIGN } else { fitting.max(1) };
+        aligned.min(dims.rows).max(1)
+    }
+
+    /// The rows in chunks: (first, count).
+    fn row_chunks(&self, dims: HeadDims, element: Element) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (rows, most) = (dims.rows, self.chunk_rows(dims, element));
+        (0..rows).step_by(most).map(move |first| (first, most.min(rows - first)))
+    }
+
     fn head(
         &mut self,
         losses: &Buffer,
@@ -53,7 +52,7 @@ impl Cuda {
     ) -> Result<Head> {
         let HeadDims { rows, channels: c, padded_vocab, .. } = dims;
         let element = self.element();
-        let (chunk, cols) = (chunk_rows(dims, element), padded_vocab);
+        let (chunk, cols) = (self.chunk_rows(dims, element), padded_vocab);
         Ok(Head {
             x: self.matrix(x, rows, c)?,
             wte: self.weight(params, wte, padded_vocab, c)?,
@@ -101,7 +100,7 @@ impl Loss for Cuda {
         dims: HeadDims,
     ) -> Result<()> {
         let head = self.head(losses, x, params, wte, targets, dims)?;
-        for chunk in chunks(dims, self.element()) {
+        for chunk in self.row_chunks(dims, self.element()) {
             self.chunk_losses("loss_forward", &head, dims, chunk, None)?;
         }
         Ok(())
@@ -124,7 +123,7 @@ impl Loss for Cuda {
         let head = self.head(losses, x, params, wte, targets, dims)?;
         let dx = self.matrix(dx, dims.rows, dims.channels)?;
         let dwte = self.gradient(grads, wte, dims.padded_vocab, dims.channels)?;
-        for (first, count) in chunks(dims, self.element()) {
+        for (first, count) in self.row_chunks(dims, self.element()) {
             let dlogits = self.chunk_losses(OP, &head, dims, (first, count), Some(scale))?;
             let (x, dx) = (head.x.rows(first, count), dx.rows(first, count));
             self.product(OP, dx, Operand::Along(dlogits), Operand::Across(head.wte), PLAIN, Write::Set)?;
@@ -148,10 +147,10 @@ impl Loss for Cuda {
         let x = self.matrix(x, first_row + rows, c)?;
         let wte = self.weight(params, wte, padded_vocab, c)?;
         let out = logits.f32s(rows * vocab)?;
-        let chunk = chunk_rows(dims, Element::F32);
+        let chunk = self.chunk_rows(dims, Element::F32);
         let at = self.scratch("logits of generation", Element::F32, chunk * padded_vocab)?;
         let unit = unit_of(self.arithmetic, true, false, "float");
-        for (first, count) in chunks(dims, Element::F32) {
+        for (first, count) in self.row_chunks(dims, Element::F32) {
             let padded = Matrix { at, element: Element::F32, rows: count, cols: padded_vocab };
             let rows = x.rows(first_row + first, count);
             self.product(OP, padded, Operand::Along(rows), Operand::Along(wte), PLAIN, Write::Set)?;

@@ -28,7 +28,8 @@ pub use band::Table;
 pub use buffer::{Buffer, Element};
 pub use driver::{Card, card};
 pub use embed::Tokens;
-pub use libraries::{Library, loaded_from};
+pub use compiler::nvrtc_version;
+pub use libraries::{Library, ensure, loaded_from};
 pub use report::{KernelUse, kernel_uses};
 
 use super::{Arithmetic, Device, HeadDims, OpTime, Role, SequenceDims, Write};
@@ -51,11 +52,20 @@ pub fn is_usable() -> bool {
 pub struct Options {
     /// What to compute in.
     pub arithmetic: Arithmetic,
+    /// Bytes of logits that exist at one time, about: rows go through the head in chunks by it.
+    pub logit_bytes: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { arithmetic: Arithmetic::Bf16, logit_bytes: 256 << 20 }
+    }
 }
 
 /// An NVIDIA card as a device.
 pub struct Cuda {
     arithmetic: Arithmetic,
+    logit_bytes: usize,
     tape: Tape,
     kernels: Kernels,
     blas: Blas,
@@ -119,7 +129,7 @@ impl Cuda {
     /// A library, a driver or a card is missing or does not fit: a sentence that says what to do.
     pub fn new(options: Options) -> Result<Self> {
         let driver = Driver::open()?;
-        let arithmetic = options.arithmetic;
+        let Options { arithmetic, logit_bytes } = options;
         let kernels = Kernels::new(driver.card.architecture)?;
         let graveyard = Graveyard::default();
         let buffer = |name, bytes: usize| -> Result<Buffer> {
@@ -131,6 +141,7 @@ impl Cuda {
         let blas = Blas::new(&driver, arithmetic, workspace.f32s(0)?)?;
         Ok(Self {
             arithmetic,
+            logit_bytes,
             tape: Tape::new(),
             kernels,
             blas,
@@ -324,7 +335,7 @@ impl Device for Cuda {
     }
 
     fn scratch_bytes(&self, dims: HeadDims, sequence: SequenceDims) -> usize {
-        let logits = loss::chunk_rows(dims, self.element()) * dims.padded_vocab * self.element().bytes();
+        let logits = self.chunk_rows(dims, self.element()) * dims.padded_vocab * self.element().bytes();
         let delta = 4 * sequence.rows() * sequence.heads;
         let shares = band::most_share_bytes(dims.channels, self.card().multiprocessors);
         logits + delta + shares + reduce::most_part_bytes(4 * dims.channels)

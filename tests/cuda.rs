@@ -1,0 +1,143 @@
+//! The CUDA backend against the reference: operation by operation in every precision, then whole steps on the golden runs, then
+//! two runs against each other. Without a card (or the software CUDA of `tests/software_cuda`) these tests say so and pass;
+//! `BANDTRAIN_REQUIRE=cuda` makes that a failure.
+
+#[path = "golden.rs"]
+mod golden;
+mod skip;
+
+use bandtrain::backend::cpu::Cpu;
+use bandtrain::backend::cuda::{self, Cuda, Options};
+use bandtrain::backend::{Arithmetic, Attention, Device, Role, SequenceDims};
+use bandtrain::config::{GptConfig, preset};
+use bandtrain::model::{Activations, Model};
+use bandtrain::optim::{Optimizer, Recipe};
+use bandtrain::parity;
+use bandtrain::tolerance::UNIT_F32;
+use bandtrain::weights::Weights;
+
+/// The card, or `None` with a visible line when there is none.
+fn device(options: Options) -> Option<Cuda> {
+    if !cuda::is_usable() {
+        skip::skip("cuda", "this machine has no NVIDIA card with its driver, NVRTC and cuBLASLt");
+        return None;
+    }
+    Some(Cuda::new(options).unwrap())
+}
+
+fn of(arithmetic: Arithmetic) -> Options {
+    Options { arithmetic, ..Options::default() }
+}
+
+fn check_parity(options: Options) {
+    let Some(mut device) = device(options) else { return };
+    let rows = parity::run(&mut device, &mut Cpu::new()).unwrap();
+    let failed: Vec<String> = rows.iter().filter(|row| !row.passes()).map(ToString::to_string).collect();
+    assert!(failed.is_empty(), "{} of {} rows disagree:\n{}", failed.len(), rows.len(), failed.join("\n"));
+    assert!(rows.len() > 600 && parity::summaries(&rows).len() == 5, "only {} rows", rows.len());
+}
+
+#[test]
+fn every_operation_agrees_in_fp32() {
+    check_parity(of(Arithmetic::Fp32));
+}
+
+#[test]
+fn every_operation_agrees_in_tf32() {
+    check_parity(of(Arithmetic::Tf32));
+}
+
+#[test]
+fn every_operation_agrees_in_bf16() {
+    check_parity(of(Arithmetic::Bf16));
+}
+
+/// Logits that exceed their share of memory go through in chunks of rows; a share of 4 KiB makes nearly all exceed it.
+#[test]
+fn every_operation_agrees_in_chunks() {
+    check_parity(Options { arithmetic: Arithmetic::Bf16, logit_bytes: 4 << 10 });
+}
+
+macro_rules! golden_runs {
+    ($($name:ident)*) => {$(
+        #[test]
+        fn $name() {
+            let Some(device) = device(of(Arithmetic::Fp32)) else { return };
+            golden::check(device, stringify!($name), UNIT_F32);
+        }
+    )*};
+}
+
+golden_runs! { dense fc1_bw64 fc2_bw32 both_odd both_wide }
+
+#[test]
+fn low_precisions_follow_the_golden_runs() {
+    for arithmetic in [Arithmetic::Tf32, Arithmetic::Bf16] {
+        for name in ["dense", "fc1_bw64", "fc2_bw32", "both_odd", "both_wide"] {
+            let Some(device) = device(of(arithmetic)) else { return };
+            golden::follow(device, name);
+        }
+    }
+}
+
+/// Losses and weights of a few steps of a small banded model, as bits: enough steps that they are replayed from a graph.
+fn train(arithmetic: Arithmetic) -> Option<Vec<u32>> {
+    const STEPS: usize = 4;
+    let device = device(of(arithmetic))?;
+    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256, ..preset("toy").unwrap().model };
+    let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
+    let mut acts = Activations::new(&mut model, 2, 100, true).unwrap();
+    let mut optimizer = Optimizer::new(&mut model).unwrap();
+    let tokens: Vec<u32> = (0..201 * STEPS as u32).map(|k| k * k % 65_521 * 7919 % 257).collect();
+    let mut results = Vec::new();
+    for batch in tokens.chunks(201) {
+        for micro_step in 0..2 {
+            model.upload_batch(&mut acts, &batch[..200], &batch[1..]).unwrap();
+            optimizer.micro_step(&mut model, &mut acts, micro_step, 2).unwrap();
+        }
+        results.push(optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-3).unwrap());
+    }
+    // Collected late: a step does not wait for the one before.
+    let scalars: Vec<_> = results.into_iter().map(|result| result.collect(&mut model).unwrap()).collect();
+    let weights = model.weights().unwrap();
+    let scalars = scalars.into_iter().flat_map(|(loss, norm)| [loss, norm]);
+    Some(scalars.chain(weights.values().iter().copied()).map(f32::to_bits).collect())
+}
+
+#[test]
+fn two_runs_give_the_same_bits() {
+    for arithmetic in [Arithmetic::Fp32, Arithmetic::Tf32, Arithmetic::Bf16] {
+        let Some(first) = train(arithmetic) else { return };
+        assert!(first == train(arithmetic).unwrap(), "two runs in {} differ", arithmetic.name());
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_a_sentence() {
+    let Some(mut device) = device(of(Arithmetic::Bf16)) else { return };
+    for len in [1 << 45, usize::MAX] {
+        let error = device.alloc(Role::Activations, "gelu", len).err().unwrap();
+        assert!(error.to_string().contains("gelu needs") && error.exit_code() == 2, "{error}");
+    }
+    let dims = SequenceDims { batch: 1, tokens: 2, channels: 136, heads: 1 };
+    let [mut out, qkv] = ["out", "qkv"].map(|name| device.alloc(Role::Activations, name, 2 * 3 * 136).unwrap());
+    let mut log_sum_exp = device.alloc(Role::Statistics, "log_sum_exp", 2).unwrap();
+    let error = device.attention_forward(&mut out, &mut log_sum_exp, &qkv, dims).unwrap_err();
+    assert!(error.to_string().contains("head sizes C/NH up to 128, not 136"), "{error}");
+}
+
+#[test]
+fn every_kernel_is_timed() {
+    let Some(device) = device(of(Arithmetic::Bf16)) else { return };
+    let mut model = Model::new(device, &Weights::init(&preset("toy").unwrap().model, 1).unwrap()).unwrap();
+    let mut acts = Activations::new(&mut model, 1, 32, true).unwrap();
+    let mut optimizer = Optimizer::new(&mut model).unwrap();
+    assert!(model.backend().profile_start().unwrap());
+    model.upload_batch(&mut acts, &[1; 32], &[2; 32]).unwrap();
+    optimizer.micro_step(&mut model, &mut acts, 0, 1).unwrap();
+    optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-3).unwrap().collect(&mut model).unwrap();
+    let times = model.backend().profile_finish().unwrap();
+    for op in ["embed_forward", "band_expand", "attention_backward", "loss_forward_backward", "adamw_step"] {
+        assert!(times.iter().any(|time| time.op == op && time.count > 0 && time.seconds >= 0.0), "{op} is missing");
+    }
+}
