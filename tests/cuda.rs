@@ -141,3 +141,46 @@ fn every_kernel_is_timed() {
         assert!(times.iter().any(|time| time.op == op && time.count > 0 && time.seconds >= 0.0), "{op} is missing");
     }
 }
+
+/// Runs the program where only these of the libraries are found, and returns the sentence and the exit code.
+fn with_libraries(files: &[&str]) -> (String, Option<i32>) {
+    let folder = tempfile::tempdir().unwrap();
+    let from = std::env::var("BANDTRAIN_CUDA_LIBS").unwrap_or_default();
+    for file in files {
+        std::fs::copy(std::path::Path::new(&from).join(file), folder.path().join(file)).unwrap();
+    }
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_bandtrain"))
+        .args(["--backend", "cuda", "-n", "1", "-c", "model.bin"])
+        .current_dir(folder.path())
+        .env("BANDTRAIN_CUDA_LIBS", folder.path())
+        .output()
+        .unwrap();
+    (String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code())
+}
+
+/// With NVIDIA's libraries hidden one after the other, each case ends with advice.
+#[test]
+fn a_missing_library_is_a_sentence() {
+    let from = std::env::var("BANDTRAIN_CUDA_LIBS").unwrap_or_default();
+    if !std::path::Path::new(&from).join("libcublasLt.so.13").exists() {
+        skip::skip("cuda-libraries", "BANDTRAIN_CUDA_LIBS names no folder with all of NVIDIA's libraries to take some from");
+        return;
+    }
+    let (sentence, code) = with_libraries(&[]);
+    if code == Some(0) {
+        skip::skip("cuda-libraries", "this machine has NVIDIA's libraries in other places too");
+        return;
+    }
+    let cases: [(&[&str], [&str; 2]); 3] = [
+        (&[], ["NVIDIA's driver, and this machine has no libcuda.so.1", "install the driver of your card"]),
+        (&["libcuda.so.1"], ["NVRTC (libnvrtc.so.13 or libnvrtc.so.12)", "pip install nvidia-cuda-nvrtc"]),
+        (&["libcuda.so.1", "libnvrtc.so.13"], ["cuBLASLt (libcublasLt.so.13", "pip install nvidia-cublas"]),
+    ];
+    assert!(sentence.contains("driver"), "{sentence}");
+    for (files, parts) in cases {
+        let (sentence, code) = with_libraries(files);
+        assert_eq!(code, Some(2), "{sentence}");
+        assert!(parts.iter().all(|part| sentence.contains(part)), "{sentence}");
+        assert!(sentence.starts_with("bandtrain: ") && sentence.trim_end().lines().count() == 1, "{sentence}");
+    }
+}

@@ -1,6 +1,6 @@
 //! Cases of the band: its three products as FC1 and as FC2, and masked training for several steps.
 
-use super::{Allowed, Case, Inputs, Output, Suite, UNWRITTEN, fetch, layout, unwritten, unwritten_statistics, upload};
+use super::{Allowed, Case, Inputs, Output, Suite, UNWRITTEN, after_gelu, fetch, layout, unwritten, unwritten_statistics, upload};
 use crate::backend::{Arithmetic, AdamWStep, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
 use crate::band::{Band, Panel};
 use crate::error::Result;
@@ -98,9 +98,10 @@ impl Case for ProductsCase<'_> {
         // A GELU may be no more exact than what is stored.
         let gelu = |n: usize| stored(sums(n).with_gelu().with_roundings(arithmetic.stored_unit(), 1));
         let masked = |name, values| Output { zero: outside(band), ..Output::new(name, values, sums(rows)) };
+        let pre = fetch(backend, &pre, rows * w)?;
         Ok(vec![
-            Output::new("FC1 pre", fetch(backend, &pre, rows * w)?, stored(sums(widest))),
-            Output::new("FC1 gelu", fetch(backend, &gelu_out, rows * w)?, gelu(widest)),
+            after_gelu("FC1 gelu", fetch(backend, &gelu_out, rows * w)?, gelu(widest), &pre),
+            Output::new("FC1 pre", pre, stored(sums(widest))),
             Output::new("FC1 dinput", fetch(backend, &dinp, rows * n)?, stored(sums(longest))),
             masked("FC1 dweight", added[panels.range()].to_vec()),
             Output::new("FC1 dbias", added[wide_bias.range()].to_vec(), sums(rows)),

@@ -1,6 +1,6 @@
 //! Cases of the operations around the band: products, LayerNorm, embeddings.
 
-use super::{Case, Inputs, Output, Suite, fetch, layout, unwritten, unwritten_statistics, upload};
+use super::{Case, Inputs, Output, Suite, after_gelu, fetch, layout, unwritten, unwritten_statistics, upload};
 use crate::backend::{Arithmetic, Affine, Backend, Embeddings, LinearDims, Normed, NormedInput, Role, SequenceDims, Write};
 use crate::error::Result;
 use crate::tolerance::Tolerance;
@@ -62,12 +62,13 @@ impl Case for LinearCase {
         let stored = |n: usize| sums(n).with_stored(arithmetic);
         // A library's GELU is no more exact than what is stored.
         let gelu = |n: usize| sums(n).with_gelu().with_roundings(arithmetic.stored_unit(), 1).with_stored(arithmetic);
+        let (pre, dinp) = (fetch(backend, &pre, rows * outputs)?, fetch(backend, &dinp, rows * inputs)?);
         Ok(vec![
             Output::new("out", fetch(backend, &out, rows * outputs)?, stored(inputs)),
-            Output::new("pre", fetch(backend, &pre, rows * outputs)?, stored(inputs)),
-            Output::new("gelu", fetch(backend, &activated, rows * outputs)?, gelu(inputs)),
-            Output::new("dinp", fetch(backend, &dinp, rows * inputs)?, stored(outputs)),
-            Output::new("dinp*gelu'", fetch(backend, &dpre, rows * inputs)?, gelu(outputs)),
+            after_gelu("gelu", fetch(backend, &activated, rows * outputs)?, gelu(inputs), &pre),
+            Output::new("pre", pre, stored(inputs)),
+            after_gelu("dinp*gelu'", fetch(backend, &dpre, rows * inputs)?, gelu(outputs), &dinp),
+            Output::new("dinp", dinp, stored(outputs)),
             Output::new("dweight", set[weight.range()].to_vec(), sums(rows)),
             Output::new("dbias", set[bias.range()].to_vec(), sums(rows)),
             Output::new("dweight added", added[weight.range()].to_vec(), sums(rows)),

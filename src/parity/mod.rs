@@ -46,6 +46,12 @@ impl Output {
     }
 }
 
+/// An output that a GELU, or its derivative, has made of values that it may nearly cancel: `before` is what it was applied to.
+fn after_gelu(name: &'static str, values: Vec<f32>, tolerance: Tolerance, before: &[f32]) -> Output {
+    let terms = tolerance::root_mean_square(before);
+    Output { allowed: Allowed::Cancelled(tolerance, terms), ..Output::new(name, values, tolerance) }
+}
+
 /// An operation at one shape.
 pub trait Case {
     /// The operation's name, as in the trait it belongs to.
