@@ -240,7 +240,9 @@ impl<'a, B: Backend> Trainer<'a, B> {
         if !(train_loss.is_finite() && grad_norm.is_finite()) {
             let cause = self.cause_of_divergence(train, position)?;
             let kept = match self.saved {
-                Some(step) => format!("the last checkpoint, after step {step}, is in {}", self.plan.checkpoint.display()),
+                Some(step) => {
+                    format!("the last checkpoint, after step {step}, is in {}", self.plan.checkpoint.display())
+                }
                 None => "no checkpoint was written before".to_string(),
             };
             return Err(Error::usage(format!(

@@ -163,7 +163,10 @@ fn with_libraries(files: &[&str]) -> (String, Option<i32>) {
 fn a_missing_library_is_a_sentence() {
     let from = std::env::var("BANDTRAIN_CUDA_LIBS").unwrap_or_default();
     if !std::path::Path::new(&from).join("libcublasLt.so.13").exists() {
-        skip::skip("cuda-libraries", "BANDTRAIN_CUDA_LIBS names no folder with all of NVIDIA's libraries to take some from");
+        skip::skip(
+            "cuda-libraries",
+            "BANDTRAIN_CUDA_LIBS names no folder with all of NVIDIA's libraries to take some from",
+        );
         return;
     }
     let (sentence, code) = with_libraries(&[]);

@@ -2,8 +2,8 @@
 
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{self, Cuda};
-use crate::backend::{Arithmetic, Backend};
 use crate::backend::wgpu::{AdapterKind, Options, Wgpu, adapters};
+use crate::backend::{Arithmetic, Backend};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -82,7 +82,10 @@ pub fn with_backend<T: Task>(args: &DeviceArgs, task: T) -> Result<T::Output> {
             let tuning_changes = std::env::var_os(TUNING).map(|changes| changes.to_string_lossy().into_owned());
             task.run(Wgpu::new(&Options { adapter: args.adapter.clone(), tuning_changes, ..Options::default() })?)
         }
-        BackendName::Cuda => task.run(Cuda::new(cuda::Options { arithmetic: cuda_arithmetic(args.precision)?, ..cuda::Options::default() })?),
+        BackendName::Cuda => task.run(Cuda::new(cuda::Options {
+            arithmetic: cuda_arithmetic(args.precision)?,
+            ..cuda::Options::default()
+        })?),
         BackendName::Cpu | BackendName::Auto => {
             fp32_only(args.precision, "cpu")?;
             task.run(Cpu::new())

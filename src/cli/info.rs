@@ -3,10 +3,10 @@
 use super::device::{DeviceArgs, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
-use crate::backend::{Arithmetic, Backend, Device};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda;
 use crate::backend::wgpu;
+use crate::backend::{Arithmetic, Backend, Device};
 use crate::config::{GptConfig, preset};
 use crate::error::{Error, Result};
 use crate::memory::{MemoryEstimate, stored_elements};
@@ -106,7 +106,15 @@ fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
         say!("{}", serde_json::json!({ "nvrtc": [major, minor], "architecture": architecture, "kernels": uses }))?;
     } else {
         say!("NVRTC {major}.{minor}, sm_{architecture}; occupancy as on sm_89, of 48 warps")?;
-        say!("{:<27} {:>9} {:>7} {:>9} {:>12} {:>6}  unit", "kernel", "precision", "threads", "registers", "shared bytes", "warps")?;
+        say!(
+            "{:<27} {:>9} {:>7} {:>9} {:>12} {:>6}  unit",
+            "kernel",
+            "precision",
+            "threads",
+            "registers",
+            "shared bytes",
+            "warps"
+        )?;
         for kernel in &uses {
             let cuda::KernelUse { unit, entry, precision, threads, registers, shared_memory, sm89_warps, .. } = kernel;
             say!("{entry:<27} {precision:>9} {threads:>7} {registers:>9} {shared_memory:>12} {sm89_warps:>6}  {unit}")?;
@@ -127,7 +135,8 @@ fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
 /// The card with where its libraries came from, or why there is none.
 fn describe_cuda() -> String {
     let of = |library: cuda::Library| {
-        let from = cuda::loaded_from(library).map_or("a place the system does not tell".into(), |p| p.display().to_string());
+        let from =
+            cuda::loaded_from(library).map_or("a place the system does not tell".into(), |p| p.display().to_string());
         format!("{} from {from}", library.name())
     };
     let card = cuda::card().and_then(|card| cuda::Library::ALL.into_iter().try_for_each(cuda::ensure).map(|()| card));

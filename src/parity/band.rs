@@ -1,7 +1,9 @@
 //! Cases of the band: its three products as FC1 and as FC2, and masked training for several steps.
 
-use super::{Allowed, Case, Inputs, Output, Suite, UNWRITTEN, after_gelu, fetch, layout, unwritten, unwritten_statistics, upload};
-use crate::backend::{Arithmetic, AdamWStep, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
+use super::{
+    Allowed, Case, Inputs, Output, Suite, UNWRITTEN, after_gelu, fetch, layout, unwritten, unwritten_statistics, upload,
+};
+use crate::backend::{AdamWStep, Arithmetic, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
 use crate::band::{Band, Panel};
 use crate::error::Result;
 use crate::tolerance::{self, Tolerance, UNIT_F32};

@@ -1,7 +1,9 @@
 //! Cases of the operations around the band: products, LayerNorm, embeddings.
 
 use super::{Case, Inputs, Output, Suite, after_gelu, fetch, layout, unwritten, unwritten_statistics, upload};
-use crate::backend::{Arithmetic, Affine, Backend, Embeddings, LinearDims, Normed, NormedInput, Role, SequenceDims, Write};
+use crate::backend::{
+    Affine, Arithmetic, Backend, Embeddings, LinearDims, Normed, NormedInput, Role, SequenceDims, Write,
+};
 use crate::error::Result;
 use crate::tolerance::Tolerance;
 

@@ -1,7 +1,7 @@
 //! Cases of the output head, its loss, and AdamW.
 
 use super::{Case, Inputs, Output, Suite, fetch, layout, unwritten, unwritten_statistics, upload};
-use crate::backend::{Arithmetic, AdamWStep, Backend, HeadDims, OptimizerState, Role, Write};
+use crate::backend::{AdamWStep, Arithmetic, Backend, HeadDims, OptimizerState, Role, Write};
 use crate::error::Result;
 use crate::tolerance::{Tolerance, UNIT_F32};
 
@@ -78,7 +78,11 @@ impl Case for HeadCase {
             Output::new("dx", fetch(backend, &dx, rows * c)?, backward.with_stored(arithmetic)),
             Output { zero: padding, ..Output::new("dwte", dwte, backward) },
             Output::new("loss_sum", fetch(backend, &total, 1)?, forward_tolerance),
-            Output::new("logits", fetch(backend, &logits, some.rows * vocab)?, Tolerance::of_sums(arithmetic.sum_unit(), [c])),
+            Output::new(
+                "logits",
+                fetch(backend, &logits, some.rows * vocab)?,
+                Tolerance::of_sums(arithmetic.sum_unit(), [c]),
+            ),
         ])
     }
 }

@@ -143,7 +143,11 @@ impl std::fmt::Display for Summary<'_> {
         let Summary { name, rows, worst: row } = self;
         let verdict = if row.passes() { "ok" } else { "FAILED" };
         let (ratio, shape) = (row.worst.ratio(), &row.shape);
-        write!(f, "{verdict:6} {name}: {rows} comparisons, at worst {ratio:.2} of the tolerance ({shape}, {})", row.output)
+        write!(
+            f,
+            "{verdict:6} {name}: {rows} comparisons, at worst {ratio:.2} of the tolerance ({shape}, {})",
+            row.output
+        )
     }
 }
 

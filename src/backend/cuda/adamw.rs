@@ -110,6 +110,7 @@ impl AdamW for Cuda {
 
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
-    let entries = [("norm_parts", THREADS), ("grad_norm", SUM_THREADS), ("adamw_step", THREADS), ("round_params", THREADS)];
+    let entries =
+        [("norm_parts", THREADS), ("grad_norm", SUM_THREADS), ("adamw_step", THREADS), ("round_params", THREADS)];
     entries.map(|(entry, threads)| (adamw_unit(arithmetic), entry, threads, 0)).to_vec()
 }

@@ -41,11 +41,8 @@ fn cut(arithmetic: Arithmetic, head_size: usize, backward: bool) -> Cut {
     let dim = head_size.next_multiple_of(DIM_ALIGN);
     let bytes = Element::of(arithmetic).bytes();
     let (tile, stages) = tile_and_stages(arithmetic, dim, backward);
-    let mut unit = head_unit(arithmetic, head_size).with(&[
-        ("DIM", dim.into()),
-        ("TILE", tile.into()),
-        ("STAGES", stages.into()),
-    ]);
+    let mut unit =
+        head_unit(arithmetic, head_size).with(&[("DIM", dim.into()), ("TILE", tile.into()), ("STAGES", stages.into())]);
     if !backward {
         unit = unit.with(&[("FORWARD", 1usize.into())]);
     }
@@ -54,7 +51,8 @@ fn cut(arithmetic: Arithmetic, head_size: usize, backward: bool) -> Cut {
     }
     let rows = |count: usize| (dim * bytes).next_multiple_of(TILE_ROW) * count;
     // Results turn into operands in registers for bf16, in shared memory else: 16 rows of a tile for each warp.
-    let scratch = if arithmetic == Arithmetic::Bf16 { 0 } else { WARPS * 16 * (tile * bytes).next_multiple_of(TILE_ROW) };
+    let scratch =
+        if arithmetic == Arithmetic::Bf16 { 0 } else { WARPS * 16 * (tile * bytes).next_multiple_of(TILE_ROW) };
     let blocks = if backward { 2 } else { 1 };
     Cut { unit, shared: blocks * rows(BLOCK) + stages * 2 * rows(tile) + scratch }
 }
@@ -165,7 +163,15 @@ impl Attention for Cuda {
         let delta = self.scratch("attention delta", Element::F32, rows * heads)?;
         let unit = head_unit(self.arithmetic, dims.head_size());
         let grid = [(rows * heads * HEAD_LANES).div_ceil(ELEMENT_THREADS), 1, 1];
-        self.launch(OP, &unit, "attention_delta", grid, ELEMENT_THREADS, 0, args![delta, dout, out, rows, tokens, heads]);
+        self.launch(
+            OP,
+            &unit,
+            "attention_delta",
+            grid,
+            ELEMENT_THREADS,
+            0,
+            args![delta, dout, out, rows, tokens, heads],
+        );
         let Cut { unit, shared } = cut(self.arithmetic, dims.head_size(), true);
         for entry in ["attention_backward_query", "attention_backward_key"] {
             let args = args![dqkv, dout, log_sum_exp, delta, qkv, batch, tokens, c, scale(dims)];

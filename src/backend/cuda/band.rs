@@ -32,7 +32,13 @@ struct Cut {
 }
 
 impl Cut {
-    const fn new([rows, cols]: [usize; 2], [warp_rows, warp_cols]: [usize; 2], depth: usize, stages: usize, blocks: usize) -> Self {
+    const fn new(
+        [rows, cols]: [usize; 2],
+        [warp_rows, warp_cols]: [usize; 2],
+        depth: usize,
+        stages: usize,
+        blocks: usize,
+    ) -> Self {
         Self { rows, cols, warp_rows, warp_cols, depth, stages, blocks }
     }
 
@@ -321,7 +327,8 @@ mod tests {
         let band = Band::new(300, 1200, 257).unwrap();
         let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
         for (tile, start) in (0..300).step_by(128).enumerate() {
-            let (at, count) = (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
+            let (at, count) =
+                (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
             let listed = &lists.words[at as usize..][..count as usize];
             for (index, panel) in band.panels().iter().enumerate() {
                 let touches = (start..(start + 128).min(300)).any(|i| panel.row_range().any(|j| band.contains(j, i)));

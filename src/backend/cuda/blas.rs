@@ -140,7 +140,8 @@ impl Blas {
 
     /// Gives a prepared product to the stream.
     pub(super) fn run(&self, call: &Call, driver: &Driver) -> Result<()> {
-        let plan = self.plans.get(&call.shape).ok_or_else(|| Error::Internal("a product was not prepared".to_string()))?;
+        let plan =
+            self.plans.get(&call.shape).ok_or_else(|| Error::Internal("a product was not prepared".to_string()))?;
         self.start(plan, &plan.algorithm, call, driver)
     }
 
@@ -200,7 +201,8 @@ impl Blas {
         }
         let Shape { m, n, k, transpose, strides, out, .. } = shape;
         let layout = |element, rows: usize, cols: usize, stride: usize| {
-            result::create_matrix_layout(data_type(element), rows as u64, cols as u64, stride as i64).map_err(fault(doing))
+            result::create_matrix_layout(data_type(element), rows as u64, cols as u64, stride as i64)
+                .map_err(fault(doing))
         };
         let (a, b) = (if transpose[0] { (k, m) } else { (m, k) }, if transpose[1] { (n, k) } else { (k, n) });
         let layouts = [
@@ -236,11 +238,21 @@ impl Blas {
         // for as many results as are asked for.
         let asked = unsafe {
             let most = std::ptr::from_ref(&WORKSPACE_BYTES).cast();
-            result::set_matmul_pref_attribute(preference, Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, most, 8)
-                .map_err(fault(doing))?;
+            result::set_matmul_pref_attribute(
+                preference,
+                Preference::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                most,
+                8,
+            )
+            .map_err(fault(doing))?;
             let mask = std::ptr::from_ref(&schemes).cast();
-            result::set_matmul_pref_attribute(preference, Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, mask, 4)
-                .map_err(fault(doing))?;
+            result::set_matmul_pref_attribute(
+                preference,
+                Preference::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
+                mask,
+                4,
+            )
+            .map_err(fault(doing))?;
             let asked = sys::cublasLtMatmulAlgoGetHeuristic(
                 self.handle,
                 desc,

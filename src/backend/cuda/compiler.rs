@@ -258,7 +258,8 @@ fn reports(log: &str) -> Vec<KernelReport> {
         }
         let Some(report) = reports.last_mut() else { continue };
         if line.contains("bytes stack frame") {
-            report.spills = ["bytes stack frame", "bytes spill stores", "bytes spill loads"].map(|what| before(line, what));
+            report.spills =
+                ["bytes stack frame", "bytes spill stores", "bytes spill loads"].map(|what| before(line, what));
         }
         if line.contains("Used ") && line.contains(" registers") {
             report.registers = before(line, "registers");
@@ -364,7 +365,8 @@ impl Kernels {
         let module = self.module(unit)?;
         let text = CString::new(name).map_err(|_| Error::Internal("a kernel's name holds a NUL".into()))?;
         // SAFETY: the module stays loaded as long as the program runs.
-        let function = unsafe { driver_result::module::get_function(module, text) }.map_err(fault("finding a kernel"))?;
+        let function =
+            unsafe { driver_result::module::get_function(module, text) }.map_err(fault("finding a kernel"))?;
         if shared > PLAIN_SHARED_MEMORY {
             use driver_sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST;
             // SAFETY: the function was just found.

@@ -220,7 +220,8 @@ impl Driver {
     pub(super) fn copy_out_later(&self, to: &mut [u32], from: sys::CUdeviceptr, bytes: usize) -> Result<()> {
         let to: &mut [u8] = bytemuck::cast_slice_mut(to);
         // SAFETY: the host memory is pinned and kept until an event behind this copy has been passed.
-        unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from, self.stream) }.map_err(fault("copying from the card"))
+        unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from, self.stream) }
+            .map_err(fault("copying from the card"))
     }
 
     /// Waits until all that was submitted is done.

@@ -35,6 +35,7 @@ impl Cuda {
 
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
-    let of = |aligned| ["gelu_forward", "gelu_backward"].map(|entry| (unit("gelu", arithmetic, aligned), entry, THREADS, 0));
+    let of =
+        |aligned| ["gelu_forward", "gelu_backward"].map(|entry| (unit("gelu", arithmetic, aligned), entry, THREADS, 0));
     [true, false].into_iter().flat_map(of).collect()
 }

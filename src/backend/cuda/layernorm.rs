@@ -1,6 +1,7 @@
 //! LayerNorm on the card: `kernels/layernorm.cu`.
 
 use super::buffer::{Buffer, Element};
+use super::reduce::Parts;
 use super::{Cuda, Unit, args, unit};
 use crate::backend::{Affine, Arithmetic, LayerNorm, Normed, NormedInput, Write};
 use crate::error::{Error, Result};
@@ -132,8 +133,9 @@ impl LayerNorm for Cuda {
         let parts = self.scratch("parts of sums", Element::F32, blocks * 2 * c)?;
         let args = args![dx, parts, dout, x, mean, rstd, weight, rows, residual_write];
         self.launch(OP, &unit, OP, [blocks, 1, 1], threads * block_rows, 0, args);
-        self.add_parts(OP, dweight, c, parts, 2 * c, blocks, write);
-        self.add_parts(OP, dbias, c, parts + 4 * c as u64, 2 * c, blocks, write);
+        let of = |at: u64| Parts { at, stride: 2 * c, count: blocks };
+        self.add_parts(OP, dweight, c, of(parts), write);
+        self.add_parts(OP, dbias, c, of(parts + 4 * c as u64), write);
         Ok(())
     }
 }

@@ -147,7 +147,9 @@ fn toolkit_folders() -> Vec<PathBuf> {
     let named = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(std::env::var_os).map(PathBuf::from);
     let installed = glob::glob("/usr/local/cuda*").into_iter().flatten().flatten().chain([PathBuf::from("/opt/cuda")]);
     let roots = named.chain(installed);
-    roots.flat_map(|root| ["lib64", "lib", "targets/x86_64-linux/lib", "bin", "bin/x64"].map(|part| root.join(part))).collect()
+    roots
+        .flat_map(|root| ["lib64", "lib", "targets/x86_64-linux/lib", "bin", "bin/x64"].map(|part| root.join(part)))
+        .collect()
 }
 
 /// Where Python wheels of the libraries lie: `nvidia/cu13/lib` and, for the older ones, a folder for each library.
@@ -158,7 +160,8 @@ fn wheel_folders() -> Vec<PathBuf> {
         let output = Command::new(python).args(["-c", LIST]).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     });
-    let folders: Vec<PathBuf> = printed.unwrap_or_default().lines().filter(|l| !l.is_empty()).map(PathBuf::from).collect();
+    let folders: Vec<PathBuf> =
+        printed.unwrap_or_default().lines().filter(|l| !l.is_empty()).map(PathBuf::from).collect();
     let parts = ["cu13", "cuda_nvrtc", "cublas"].into_iter().flat_map(|part| ["lib", "bin"].map(|lib| (part, lib)));
     parts.flat_map(|(part, lib)| folders.iter().map(move |f| f.join("nvidia").join(part).join(lib))).collect()
 }

@@ -72,7 +72,14 @@ impl Cuda {
         scale: Option<f32>,
     ) -> Result<Matrix> {
         let logits = head.logits.rows(0, count);
-        self.product(op, logits, Operand::Along(head.x.rows(first, count)), Operand::Along(head.wte), PLAIN, Write::Set)?;
+        self.product(
+            op,
+            logits,
+            Operand::Along(head.x.rows(first, count)),
+            Operand::Along(head.wte),
+            PLAIN,
+            Write::Set,
+        )?;
         let aligned = dims.padded_vocab.is_multiple_of(logits.element.lanes());
         let unit = unit_of(self.arithmetic, aligned, scale.is_some(), "Element");
         let further = |at: u64| at + 4 * first as u64;

@@ -26,9 +26,9 @@ mod tape;
 pub use adamw::Plan;
 pub use band::Table;
 pub use buffer::{Buffer, Element};
+pub use compiler::nvrtc_version;
 pub use driver::{Card, card};
 pub use embed::Tokens;
-pub use compiler::nvrtc_version;
 pub use libraries::{Library, ensure, loaded_from};
 pub use report::{KernelUse, kernel_uses};
 
@@ -308,7 +308,8 @@ impl Device for Cuda {
     fn description(&self) -> String {
         let Card { name, architecture, memory, driver, .. } = self.card();
         let target = self.kernels.target();
-        let translated = if target.native { String::new() } else { format!(", kernels for compute_{}", target.architecture) };
+        let translated =
+            if target.native { String::new() } else { format!(", kernels for compute_{}", target.architecture) };
         format!(
             "{name} (sm_{architecture}, {:.1} GiB, CUDA {}.{}{translated})",
             *memory as f64 / f64::from(1 << 30),

@@ -18,21 +18,21 @@ pub(super) fn most_part_bytes(columns: usize) -> usize {
     4 * MAX_PARTS * columns
 }
 
+/// Parts of sums: `count` of them, each `stride` floats behind the one before.
+#[derive(Clone, Copy)]
+pub(super) struct Parts {
+    pub(super) at: u64,
+    pub(super) stride: usize,
+    pub(super) count: usize,
+}
+
 impl Cuda {
     /// `out[c] (+)= sum over parts of parts[part * stride + c]`, in order of the parts.
-    pub(super) fn add_parts(
-        &mut self,
-        op: &'static str,
-        out: u64,
-        columns: usize,
-        parts: u64,
-        stride: usize,
-        count: usize,
-        write: Write,
-    ) {
+    pub(super) fn add_parts(&mut self, op: &'static str, out: u64, columns: usize, parts: Parts, write: Write) {
+        let Parts { at, stride, count } = parts;
         let unit = self.unit("reduce", true);
         let grid = [columns.div_ceil(THREADS), 1, 1];
-        self.launch(op, &unit, "add_parts", grid, THREADS, 0, args![out, parts, columns, stride, count, write]);
+        self.launch(op, &unit, "add_parts", grid, THREADS, 0, args![out, at, columns, stride, count, write]);
     }
 
     /// `out[c] (+)= sum over the rows of matrix[r, c]`: the gradient of a bias.
@@ -56,13 +56,14 @@ impl Cuda {
         let unit = self.unit("reduce", aligned);
         let grid = [pieces.div_ceil(GROUPS), count, 1];
         self.launch(op, &unit, "column_sums", grid, THREADS, 0, args![parts, matrix, rows, columns, part_rows]);
-        self.add_parts(op, out, columns, parts, columns, count, write);
+        self.add_parts(op, out, columns, Parts { at: parts, stride: columns, count }, write);
         Ok(())
     }
 }
 
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
-    let of = |aligned| ["column_sums", "add_parts"].map(|entry| (unit("reduce", arithmetic, aligned), entry, THREADS, 0));
+    let of =
+        |aligned| ["column_sums", "add_parts"].map(|entry| (unit("reduce", arithmetic, aligned), entry, THREADS, 0));
     [true, false].into_iter().flat_map(of).collect()
 }

@@ -88,7 +88,8 @@ impl Tape {
         match self.known.get_mut(&works) {
             Some(Known::Graph(graph)) => graph.launch(driver),
             Some(seen) => {
-                let graph = Graph::capture(driver, || works.iter().try_for_each(|work| run(work, driver, kernels, blas)))?;
+                let graph =
+                    Graph::capture(driver, || works.iter().try_for_each(|work| run(work, driver, kernels, blas)))?;
                 graph.launch(driver)?;
                 *seen = Known::Graph(graph);
                 Ok(())
@@ -145,7 +146,8 @@ fn run(work: &Work, driver: &Driver, kernels: &mut Kernels, blas: &mut Blas) -> 
     match work {
         Work::Launch { kernel, grid: [x, y, z], block, shared, args, .. } => {
             let function = kernels.function(*kernel)?;
-            let mut params: Vec<*mut c_void> = args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
+            let mut params: Vec<*mut c_void> =
+                args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
             // SAFETY: the arguments are those of the kernel, as wide as 8 bytes or narrower (the driver reads the lower
             // bytes), and point into buffers whose sizes the operation has checked.
             let launched = unsafe {
@@ -167,7 +169,8 @@ impl Graph {
         use sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         let doing = "capturing a step";
         // SAFETY: the stream is ours, and only this thread gives it work.
-        unsafe { result::stream::begin_capture(driver.stream(), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) }.map_err(fault(doing))?;
+        unsafe { result::stream::begin_capture(driver.stream(), CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) }
+            .map_err(fault(doing))?;
         let recorded = record();
         // SAFETY: as above; the capture ends whatever came of it.
         let graph = unsafe { result::stream::end_capture(driver.stream()) }.map_err(fault(doing));
