@@ -101,7 +101,8 @@ fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
     for arithmetic in [Arithmetic::Fp32, Arithmetic::Tf32, Arithmetic::Bf16] {
         uses.extend(cuda::kernel_uses(arithmetic, architecture)?);
     }
-    let spilling: Vec<&cuda::KernelUse> = uses.iter().filter(|kernel| kernel.spills != [0; 3]).collect();
+    let is_slow = |kernel: &&cuda::KernelUse| kernel.spills != [0; 3] || kernel.serialized;
+    let slow: Vec<&cuda::KernelUse> = uses.iter().filter(is_slow).collect();
     if json {
         say!("{}", serde_json::json!({ "nvrtc": [major, minor], "architecture": architecture, "kernels": uses }))?;
     } else {
@@ -119,13 +120,14 @@ fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
             let cuda::KernelUse { unit, entry, precision, threads, registers, shared_memory, sm89_warps, .. } = kernel;
             say!("{entry:<27} {precision:>9} {threads:>7} {registers:>9} {shared_memory:>12} {sm89_warps:>6}  {unit}")?;
         }
-        say!("{} kernels, {} of them spill or use a stack", uses.len(), spilling.len())?;
+        say!("{} kernels, {} of them spill, use a stack or wait between products", uses.len(), slow.len())?;
     }
-    match spilling.first() {
+    match slow.first() {
         None => Ok(()),
         Some(kernel) => Err(Error::Internal(format!(
-            "{} kernels spill on sm_{architecture} with NVRTC {major}.{minor}, the first is {} of {}",
-            spilling.len(),
+            "{} kernels spill, use a stack or wait between products on sm_{architecture} with NVRTC {major}.{minor}, the first \
+             is {} of {}",
+            slow.len(),
             kernel.entry,
             kernel.unit
         ))),
