@@ -15,6 +15,7 @@ mod plot;
 mod resume;
 mod tokenize;
 mod train;
+mod train_options;
 
 use crate::error::{Error, Result};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -37,12 +38,12 @@ struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    train: train::TrainOptions,
+    train: train_options::TrainOptions,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    Train(Box<train::TrainOptions>),
+    Train(Box<train_options::TrainOptions>),
     Generate(generate::GenerateArgs),
     Eval(eval::EvalArgs),
     Init(init::InitArgs),

@@ -1,6 +1,6 @@
 //! `--resume`: which options make a run what it is, and the checkpoint it goes on from.
 
-use super::train::TrainOptions;
+use super::train_options::TrainOptions;
 use crate::checkpoint::{self, Format};
 use crate::config::GptConfig;
 use crate::data::Loader;
