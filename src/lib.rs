@@ -36,6 +36,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod every;
 pub mod generate;
 pub mod memory;
 pub mod metrics;

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// One step, as `--metrics` writes it.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StepRecord {
     /// Counts from 1.
     pub step: u64,
@@ -28,6 +28,9 @@ pub struct StepRecord {
     pub tok_per_s: f64,
     /// Milliseconds of this step.
     pub step_ms: f64,
+    /// Why its update was left out, if it was.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
 }
 
 /// One validation, as `--metrics` writes it.
@@ -119,7 +122,7 @@ impl Reporter {
     /// # Errors
     /// A file cannot be written.
     pub fn step(&mut self, record: &StepRecord) -> Result<()> {
-        let StepRecord { step, train_loss, lr, grad_norm, tok_per_s, step_ms, .. } = record;
+        let StepRecord { step, train_loss, lr, grad_norm, tok_per_s, step_ms, skipped, .. } = record;
         if let Some(file) = &mut self.metrics {
             file.line(&json(record)?)?;
         }
@@ -141,7 +144,10 @@ impl Reporter {
                 width = self.steps.to_string().len(),
             )?;
         }
-        Ok(())
+        match skipped {
+            Some(reason) => self.note(&format!("step {step}/{} | update skipped: {reason}", self.steps)),
+            None => Ok(()),
+        }
     }
 
     /// A validation is done.
@@ -211,6 +217,7 @@ mod tests {
             tokens: 128,
             tok_per_s: 1000.0,
             step_ms: 128.0,
+            skipped: None,
         };
         reporter.step(&record).unwrap();
         let lines = std::fs::read_to_string(metrics).unwrap();

@@ -9,18 +9,21 @@ use super::resume::{self, Resumed};
 use super::train_options::TrainOptions;
 use crate::atomic::AtomicFile;
 use crate::backend::Backend;
-use crate::checkpoint::{self, Format};
+use crate::checkpoint::{self, Format, Keep, Series};
 use crate::config::{BYTES_VOCAB, GptConfig, Preset, preset};
 use crate::data::{Loader, Shuffle, Tokenizer, matching_files, same_file, toy};
 use crate::error::{Error, Result};
+use crate::every::Every;
 use crate::memory::MemoryEstimate;
 use crate::metrics::Reporter;
 use crate::model::Model;
 use crate::optim::{Hyperparameters, Recipe};
 use crate::output::{grouped, loss};
 use crate::shapes::{Param, ParamTable};
+use crate::train::spike::SpikeRule;
 use crate::train::{Progress, TrainPlan, Trainer};
 use crate::weights::Weights;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -117,15 +120,19 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     }
     MemoryEstimate::check(backend, &config, plan.batch_size, plan.seq_len)?;
     plan.notes = resume::identity(&options, &config, &train, val.as_ref())?;
+    let series = Series::new(&plan.checkpoint, plan.keep)?;
     let resumed = match options.resume {
-        true => resume::find(&plan.checkpoint, &plan.notes, &config, options.force, &mut notes)?,
-        false => None,
+        true => resume::find(&series, &plan.notes, &config, options.force, &mut notes)?,
+        false => {
+            resume::check_fresh(&series)?;
+            None
+        }
     };
     let (weights, progress) = match resumed {
-        Some(Resumed { weights, progress }) => (weights, Some(progress)),
+        Some(Resumed { weights, progress, .. }) => (weights, Some(progress)),
         None => (start.weights(seed, &mut notes)?, None),
     };
-    check_outputs(&options, &plan.checkpoint)?;
+    check_outputs(&options, &plan.checkpoint, series.native())?;
     check_writable(&plan.checkpoint)?;
     Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes, progress })
 }
@@ -191,6 +198,9 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
     let recipe = options.recipe.get_or_insert(Recipe::Stable).hyperparameters();
     let checkpoint = options.checkpoint.get_or_insert_with(|| PathBuf::from(format!("runs/{name}.safetensors")));
     Format::of_path(checkpoint)?;
+    // Off is the same as not given, for --resume too.
+    options.skip_loss_zscore = options.skip_loss_zscore.filter(|&zscore| zscore > 0.0);
+    options.skip_grad_zscore = options.skip_grad_zscore.filter(|&zscore| zscore > 0.0);
     let seq_len = *options.seq_len.get_or_insert(config.max_seq_len);
     check_seq_len(seq_len, config.max_seq_len)?;
     let plan = TrainPlan {
@@ -211,7 +221,12 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
         val_batches: *options.val_batches.get_or_insert(20),
         sample_every: *options.sample_every.get_or_insert(defaults.sample_every),
         sample_tokens: *options.sample_tokens.get_or_insert(256),
-        checkpoint_every: *options.checkpoint_every.get_or_insert(0),
+        skip: SpikeRule {
+            loss_zscore: options.skip_loss_zscore.unwrap_or(0.0),
+            grad_zscore: options.skip_grad_zscore.unwrap_or(0.0),
+        },
+        checkpoint_every: *options.checkpoint_every.get_or_insert(Every::Steps(0)),
+        keep: Keep { last: options.keep, milestone_every: options.milestone_every.unwrap_or(0) },
         checkpoint: checkpoint.clone(),
         seed: options.seed.unwrap_or(42),
         notes: Default::default(),
@@ -227,7 +242,7 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
 }
 
 /// Refuses to write over what the training reads, or two things into one file.
-fn check_outputs(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
+fn check_outputs(options: &TrainOptions, checkpoint: &Path, native: &Path) -> Result<()> {
     // Its own checkpoint and its own resolved options may go in and out: they are read whole before they are replaced.
     let resolved = resolved_path(checkpoint);
     let mut inputs: Vec<(PathBuf, Option<&Path>)> = Vec::new();
@@ -236,7 +251,8 @@ fn check_outputs(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
     for data in [&options.train_data, &options.val_data].into_iter().flatten() {
         inputs.extend(matching_files(data)?.into_iter().map(|file| (file, None)));
     }
-    let named = [options.log.as_deref(), options.metrics.as_deref(), Some(checkpoint), Some(&resolved)];
+    let state = (native != checkpoint).then_some(native);
+    let named = [options.log.as_deref(), options.metrics.as_deref(), Some(checkpoint), state, Some(&resolved)];
     let outputs: Vec<&Path> = named.into_iter().flatten().collect();
     for (index, &output) in outputs.iter().enumerate() {
         let overwritten = |(input, successor): &(PathBuf, _)| *successor != Some(output) && same_file(input, output);
@@ -296,6 +312,9 @@ impl TrainConfig {
             trainer.resume(&mut self.train, progress)?;
         }
         let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
+        if summary.skipped > 0 {
+            reporter.note(&format!("skipped {} of {} updates as spikes", summary.skipped, plan.steps))?;
+        }
         if let Some((first, last)) = summary.val_loss {
             reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
         }
@@ -368,6 +387,8 @@ fn interrupt_flag() -> Result<&'static AtomicBool> {
     static INTERRUPT: AtomicBool = AtomicBool::new(false);
     ctrlc::set_handler(|| {
         if INTERRUPT.swap(true, Ordering::Relaxed) {
+            let words = "stopped at once, the step under way is lost; --resume goes on from the last checkpoint";
+            let _ = writeln!(std::io::stderr(), "bandtrain: {words}");
             std::process::exit(130);
         }
     })

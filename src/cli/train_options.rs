@@ -4,6 +4,7 @@ use super::device::{BackendName, DeviceArgs, Precision};
 use super::parse;
 use crate::data::Shuffle;
 use crate::error::{Error, Result};
+use crate::every::Every;
 use crate::optim::{Recipe, Schedule};
 use clap::builder::NonEmptyStringValueParser;
 use serde::{Deserialize, Serialize};
@@ -125,6 +126,16 @@ pub struct TrainOptions {
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) grad_clip: Option<f64>,
+    /// Skip updates whose loss is this many standard deviations above the mean of the last 128, 0 is off [default: 0]
+    #[arg(long, value_parser = parse::not_negative, value_name = "Z", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) skip_loss_zscore: Option<f64>,
+    /// The same for the gradient norm. With either, updates that are not finite are skipped too [default: 0]
+    #[arg(long, value_parser = parse::not_negative, value_name = "Z", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) skip_grad_zscore: Option<f64>,
     /// Seed of weights, batch order and samples [default: 42]
     #[arg(long, value_parser = parse::seed, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -167,7 +178,7 @@ pub struct TrainOptions {
     #[arg(long, short = 'c', value_name = "FILE", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) checkpoint: Option<PathBuf>,
-    /// Go on from the checkpoint where it stops, bit for bit; without one start fresh
+    /// Go on from the newest whole checkpoint, bit for bit; where there is none, start fresh
     #[arg(long, help_heading = "Run")]
     #[serde(skip_serializing_if = "is_false")]
     pub(super) resume: bool,
@@ -175,11 +186,18 @@ pub struct TrainOptions {
     #[arg(long, help_heading = "Run")]
     #[serde(skip)]
     pub(super) force: bool,
-    /// Steps between checkpoints, 0 is at the end only [default: 0]
-    #[arg(long, short = 'k', value_parser = parse::steps, value_name = "N", help_heading = "Run",
-          allow_negative_numbers = true)]
+    /// Time between checkpoints: steps (500) or minutes (10m; also s, h), 0 is at the end only [default: 0]
+    #[arg(long, short = 'k', value_name = "N|TIME", help_heading = "Run", allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) checkpoint_every: Option<u64>,
+    pub(super) checkpoint_every: Option<Every>,
+    /// Checkpoints to keep: the newest as -c says, older ones beside it as NAME-STEP; 0 keeps all [default: 1]
+    #[arg(long, value_parser = parse::count, value_name = "N", help_heading = "Run", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) keep: Option<usize>,
+    /// Steps between milestones: checkpoints that are never removed, NAME-milestone-STEP; 0 is none [default: 0]
+    #[arg(long, value_parser = parse::steps, value_name = "N", help_heading = "Run", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) milestone_every: Option<u64>,
     /// Where to compute [default: auto]
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -219,7 +237,7 @@ impl TrainOptions {
         }
         fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
             learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log metrics checkpoint
-            checkpoint_every backend adapter precision);
+            checkpoint_every keep milestone_every skip_loss_zscore skip_grad_zscore backend adapter precision);
         self.quiet |= others.quiet;
         self.resume |= others.resume;
         self
@@ -243,10 +261,10 @@ impl TrainOptions {
         let text = read_text(&path)?;
         let file: TrainOptions = toml::from_str(&text).map_err(|error| {
             let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            Error::file(
-                &path,
-                format!("line {line}: {}; options go by their long names, as in steps = 300", error.message()),
-            )
+            // The list of what it might be is longer than a sentence.
+            let what = error.message().split(", expected one of").next().unwrap_or_default();
+            let advice = "options go by their long names, as in steps = 300, and --help lists them";
+            Error::file(&path, format!("line {line}: {what}; {advice}"))
         })?;
         file.check(&path)?;
         Ok(self.or(file))

@@ -1,11 +1,14 @@
 //! The command line, end to end: the real program in folders of its own.
 
+mod checkpoints;
 mod commands;
 mod common;
+mod interrupts;
 mod mistakes;
 mod mistakes_files;
 mod random;
 mod resume;
 #[path = "../skip/mod.rs"]
 mod skip;
+mod spikes;
 mod training;
