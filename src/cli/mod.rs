@@ -9,6 +9,7 @@ mod eval;
 mod generate;
 mod info;
 mod init;
+mod outputs;
 mod parity;
 mod parse;
 mod plot;
@@ -27,13 +28,14 @@ Examples:
   bandtrain                                   train a small model on the built-in toy corpus
   bandtrain -i train.bin -j val.bin -w 1024   train the experiment's model, FC1 banded at 43.8 %
   bandtrain generate -e model.safetensors -n 100
+'bandtrain train --help' shows how to start, interrupt, resume, plot and export a long run;
 'bandtrain COMMAND --help' explains a command.";
 
 /// Trains, evaluates and samples GPT-2 language models whose MLP layers are banded.
 ///
 /// Without a command it trains (as 'bandtrain train' does); without data it trains on a built-in toy corpus.
 #[derive(Parser)]
-#[command(name = "bandtrain", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+#[command(name = "bandtrain", version = crate::VERSION, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,

@@ -5,27 +5,27 @@
 
 use super::device::{Task, with_backend};
 use super::eval::check_seq_len;
+use super::outputs::Outputs;
 use super::resume::{self, Resumed};
 use super::train_options::TrainOptions;
-use crate::atomic::AtomicFile;
 use crate::backend::Backend;
-use crate::checkpoint::{self, Format, Keep, Series};
+use crate::checkpoint::{self, Keep, Series};
 use crate::config::{BYTES_VOCAB, GptConfig, Preset, preset};
-use crate::data::{Loader, Shuffle, Tokenizer, matching_files, same_file, toy};
+use crate::data::{Loader, Shuffle, Tokenizer, toy};
 use crate::error::{Error, Result};
 use crate::every::Every;
+use crate::interrupt;
 use crate::memory::MemoryEstimate;
-use crate::metrics::Reporter;
 use crate::model::Model;
 use crate::optim::{Hyperparameters, Recipe};
 use crate::output::{grouped, loss};
+use crate::report::{Reporter, Show};
 use crate::shapes::{Param, ParamTable};
 use crate::train::spike::SpikeRule;
 use crate::train::{Progress, TrainPlan, Trainer};
 use crate::weights::Weights;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::IsTerminal;
+use std::path::Path;
 
 /// The experiment's data, used when it is there and nothing else is named.
 const DEFAULT_TRAIN_DATA: &str = "data/tinystories/TinyStories_train.bin";
@@ -35,6 +35,7 @@ const DEFAULT_VAL_DATA: &str = "data/tinystories/TinyStories_val.bin";
 struct TrainConfig {
     options: TrainOptions,
     plan: TrainPlan,
+    outputs: Outputs,
     weights: Weights,
     name: String,
     tokenizer: Option<Tokenizer>,
@@ -52,6 +53,11 @@ pub fn run(options: TrainOptions) -> Result<()> {
     let options = options.with_file()?;
     if options.force && !options.resume {
         return Err(Error::usage("--force lets --resume go on with changed options; give it together with --resume"));
+    }
+    if options.dashboard && !std::io::stdout().is_terminal() {
+        return Err(Error::usage(
+            "--dashboard draws on a terminal, and standard output is none; leave it out, or write files with --run",
+        ));
     }
     with_backend(&options.device(), options)
 }
@@ -84,7 +90,8 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     let start = start(&mut options, &source)?;
     let (config, name) = (start.config, start.name.clone());
     let seed = *options.seed.get_or_insert(42);
-    let mut plan = plan(&mut options, &start.defaults, &config, &name)?;
+    let outputs = Outputs::new(&mut options, &name)?;
+    let mut plan = plan(&mut options, &start.defaults, &config, &outputs)?;
     let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
     let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
     let (batch, tokens, vocab) = (plan.batch_size, plan.seq_len, config.vocab_size);
@@ -124,6 +131,7 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     let resumed = match options.resume {
         true => resume::find(&series, &plan.notes, &config, options.force, &mut notes)?,
         false => {
+            outputs.check_fresh()?;
             resume::check_fresh(&series)?;
             None
         }
@@ -132,9 +140,9 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
         Some(Resumed { weights, progress, .. }) => (weights, Some(progress)),
         None => (start.weights(seed, &mut notes)?, None),
     };
-    check_outputs(&options, &plan.checkpoint, series.native())?;
-    check_writable(&plan.checkpoint)?;
-    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes, progress })
+    outputs.check_apart(&options, series.native())?;
+    outputs.check_writable()?;
+    Ok(TrainConfig { options, plan, outputs, weights, name, tokenizer, train, val, notes, progress })
 }
 
 /// What a training starts from: the model's name and sizes, the preset whose defaults apply, and the weights if they come
@@ -194,10 +202,8 @@ fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
 }
 
 /// The plan, with every option that it takes filled in.
-fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name: &str) -> Result<TrainPlan> {
+fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outputs: &Outputs) -> Result<TrainPlan> {
     let recipe = options.recipe.get_or_insert(Recipe::Stable).hyperparameters();
-    let checkpoint = options.checkpoint.get_or_insert_with(|| PathBuf::from(format!("runs/{name}.safetensors")));
-    Format::of_path(checkpoint)?;
     // Off is the same as not given, for --resume too.
     options.skip_loss_zscore = options.skip_loss_zscore.filter(|&zscore| zscore > 0.0);
     options.skip_grad_zscore = options.skip_grad_zscore.filter(|&zscore| zscore > 0.0);
@@ -227,7 +233,7 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
         },
         checkpoint_every: *options.checkpoint_every.get_or_insert(Every::Steps(0)),
         keep: Keep { last: options.keep, milestone_every: options.milestone_every.unwrap_or(0) },
-        checkpoint: checkpoint.clone(),
+        checkpoint: outputs.checkpoint.clone(),
         seed: options.seed.unwrap_or(42),
         notes: Default::default(),
     };
@@ -241,69 +247,24 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
     Ok(plan)
 }
 
-/// Refuses to write over what the training reads, or two things into one file.
-fn check_outputs(options: &TrainOptions, checkpoint: &Path, native: &Path) -> Result<()> {
-    // Its own checkpoint and its own resolved options may go in and out: they are read whole before they are replaced.
-    let resolved = resolved_path(checkpoint);
-    let mut inputs: Vec<(PathBuf, Option<&Path>)> = Vec::new();
-    inputs.extend(options.init.iter().map(|init| (init.clone(), Some(checkpoint))));
-    inputs.extend(options.config.iter().map(|config| (config.clone(), Some(resolved.as_path()))));
-    for data in [&options.train_data, &options.val_data].into_iter().flatten() {
-        inputs.extend(matching_files(data)?.into_iter().map(|file| (file, None)));
-    }
-    let state = (native != checkpoint).then_some(native);
-    let named = [options.log.as_deref(), options.metrics.as_deref(), Some(checkpoint), state, Some(&resolved)];
-    let outputs: Vec<&Path> = named.into_iter().flatten().collect();
-    for (index, &output) in outputs.iter().enumerate() {
-        let overwritten = |(input, successor): &(PathBuf, _)| *successor != Some(output) && same_file(input, output);
-        if inputs.iter().any(overwritten) {
-            return Err(Error::file(
-                output,
-                "is an input of the training and would be overwritten; name another output",
-            ));
-        }
-        if outputs[..index].iter().any(|other| same_file(other, output)) {
-            return Err(Error::file(output, "would be written twice; name different files for -c, -o and --metrics"));
-        }
-    }
-    Ok(())
-}
-
-/// Where the resolved options of a training go.
-fn resolved_path(checkpoint: &Path) -> PathBuf {
-    checkpoint.with_extension("toml")
-}
-
-/// Finds out before hours of training whether a checkpoint can be written at its end.
-fn check_writable(checkpoint: &Path) -> Result<()> {
-    let folder = match checkpoint.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    if checkpoint.is_dir() {
-        return Err(Error::file(checkpoint, "is a folder; name a file for the checkpoint"));
-    }
-    tempfile::tempfile_in(folder).map(|_| ()).map_err(Error::io("write to", folder))
-}
-
 impl TrainConfig {
     fn train<B: Backend>(mut self, backend: B) -> Result<()> {
         let plan = &self.plan;
-        let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
-        let quiet = self.options.quiet;
-        let mut reporter = match &self.progress {
-            None => Reporter::new(plan.steps, quiet, metrics, log)?,
-            Some(progress) => Reporter::resume(plan.steps, quiet, metrics, log, progress.step)?,
-        };
         let why = self.options.device().chosen().1.map(|why| format!(" ({why})")).unwrap_or_default();
         let device = format!("{}, {}{why}", backend.description(), backend.arithmetic().name());
+        let show = match (self.options.quiet, self.options.dashboard) {
+            (true, _) => Show::Nothing,
+            (false, true) => Show::Dashboard,
+            (false, false) => Show::Lines,
+        };
+        let after = self.progress.as_ref().map(|progress| progress.step);
+        let interrupt = interrupt::listen()?;
+        let mut reporter = Reporter::new(plan.steps, show, &device, &self.outputs.reports, after)?;
+        self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
         describe(&self.name, &self.weights, plan, &self.train, &device, &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
         }
-        write_resolved(&self.options, &plan.checkpoint)?;
-        let interrupt = interrupt_flag()?;
         let mut model = Model::new(backend, &self.weights)?;
         // From here on the weights live on the device.
         drop(self.weights);
@@ -318,7 +279,7 @@ impl TrainConfig {
         if let Some((first, last)) = summary.val_loss {
             reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
         }
-        reporter.note(&format!("try: bandtrain generate -e {} -n 100", plan.checkpoint.display()))
+        self.outputs.advice().iter().try_for_each(|line| reporter.note(line))
     }
 }
 
@@ -368,30 +329,4 @@ fn describe_layer(table: &ParamTable, param: Param) -> String {
             format!("bandwidth {}: {:.3} % of its connections", band.bandwidth(), 100.0 * band.density())
         }
     }
-}
-
-/// Writes the options, all of them filled in, as a file that `--config` takes.
-fn write_resolved(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
-    let path = resolved_path(checkpoint);
-    let text = toml::to_string(options)
-        .map_err(|error| Error::Internal(format!("the options cannot be written as TOML: {error}")))?;
-    let version = env!("CARGO_PKG_VERSION");
-    let text = format!("# What bandtrain {version} ran; 'bandtrain --config FILE' runs it again.\n{text}");
-    let mut file = AtomicFile::create(&path)?;
-    file.append(text.as_bytes())?;
-    file.seal()?.publish()
-}
-
-/// A flag that Ctrl-C and SIGTERM raise; a second one stops at once.
-fn interrupt_flag() -> Result<&'static AtomicBool> {
-    static INTERRUPT: AtomicBool = AtomicBool::new(false);
-    ctrlc::set_handler(|| {
-        if INTERRUPT.swap(true, Ordering::Relaxed) {
-            let words = "stopped at once, the step under way is lost; --resume goes on from the last checkpoint";
-            let _ = writeln!(std::io::stderr(), "bandtrain: {words}");
-            std::process::exit(130);
-        }
-    })
-    .map_err(|error| Error::Internal(format!("cannot listen to Ctrl-C: {error}")))?;
-    Ok(&INTERRUPT)
 }

@@ -16,7 +16,18 @@ const AFTER_HELP: &str = "\
 Examples:
   bandtrain train                                          the toy corpus, about a minute
   bandtrain train -i train.bin -j val.bin -w 1024 -n 3000  the experiment's model, FC1 banded
-  bandtrain train -e model.safetensors -i train.bin -n 500 go on from saved weights";
+  bandtrain train -e model.safetensors -i train.bin -n 500 go on from saved weights
+
+Long runs:
+  bandtrain train -i train.bin -j val.bin -n 100000 --run runs/a -k 10m --keep 3 --resume
+    puts everything into the folder runs/a, with a checkpoint every 10 minutes; the same command goes on after whatever
+    stopped the run, with the same bits as if nothing had
+  Ctrl-C (or SIGTERM)
+    finishes the step, writes a checkpoint and says where it is; a second one stops at once
+  bandtrain plot runs/a --output a.png
+    draws loss, gradient norm, learning rate and throughput; so does 'tensorboard --logdir runs/a'
+  bandtrain convert -i runs/a/model.safetensors -o a-hf --to hf
+    exports the model; in Python, transformers.AutoModelForCausalLM.from_pretrained('a-hf') loads it";
 
 /// Trains a model
 ///
@@ -169,11 +180,20 @@ pub struct TrainOptions {
     #[arg(long, value_name = "FILE", help_heading = "Reports")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) metrics: Option<PathBuf>,
-    /// Print nothing but errors
+    /// Draw loss, throughput, memory, load and samples on the whole terminal while training
     #[arg(long, help_heading = "Reports")]
+    #[serde(skip)]
+    pub(super) dashboard: bool,
+    /// Print nothing but errors
+    #[arg(long, help_heading = "Reports", conflicts_with = "dashboard")]
     #[serde(skip_serializing_if = "is_false")]
     pub(super) quiet: bool,
 
+    /// Folder for everything about the run: model.safetensors (the newest checkpoint), older ones, run.toml (every option),
+    /// metrics.jsonl, samples.jsonl, TensorBoard's event files, starts.jsonl (time, version and device of each start)
+    #[arg(long, value_name = "DIR", help_heading = "Run", conflicts_with_all = ["checkpoint", "metrics"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) run: Option<PathBuf>,
     /// Checkpoint to write, .safetensors (native) or .bin (llm.c) [default: runs/PRESET.safetensors]
     #[arg(long, short = 'c', value_name = "FILE", help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -235,8 +255,15 @@ impl TrainOptions {
         if self.fc1_bandwidth.is_none() && self.fc2_bandwidth.is_none() {
             fill!(self, others: dense);
         }
+        // A run's folder has places of its own for what these name.
+        if self.run.is_none() {
+            if self.checkpoint.is_none() && self.metrics.is_none() {
+                fill!(self, others: run);
+            }
+            fill!(self, others: checkpoint metrics);
+        }
         fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
-            learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log metrics checkpoint
+            learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log
             checkpoint_every keep milestone_every skip_loss_zscore skip_grad_zscore backend adapter precision);
         self.quiet |= others.quiet;
         self.resume |= others.resume;

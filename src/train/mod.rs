@@ -9,9 +9,9 @@ use crate::data::{Loader, Position, StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
 use crate::every::Every;
 use crate::generate::{Generator, Sampler, Sampling};
-use crate::metrics::{Reporter, StepRecord, ValRecord};
 use crate::model::{Activations, Model};
 use crate::optim::{Hyperparameters, Optimizer, Schedule, StepResult};
+use crate::report::{Reporter, SampleRecord, StepRecord, ValRecord};
 use crate::shapes::{Span, Tensor};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -168,7 +168,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
         interrupt: &AtomicBool,
     ) -> Result<TrainSummary> {
         let result = self.run_steps(train, val, interrupt);
-        self.reporter.finish();
+        let finished = self.reporter.finish();
+        let result = result.and_then(|summary| finished.map(|()| summary));
         if matches!(result, Err(Error::StdoutClosed | Error::Io { .. })) {
             // A report that broke off is no reason to lose the work. What goes wrong here as well is not worth a second word.
             let _ = self.save_what_is_new(train);
@@ -376,7 +377,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
             return Ok(false);
         }
         text.push_str(&decoder.finish());
-        self.reporter.note(&format!("step {step}/{} | sample: {}", self.plan.steps, text.replace('\n', "\n    ")))?;
+        self.reporter.sample(&SampleRecord { step, sample: text })?;
         Ok(true)
     }
 

@@ -2,6 +2,7 @@
 
 use crate::common::{Place, one_sentence};
 use crate::skip::skip;
+use bandtrain::Error;
 use bandtrain::checkpoint::load_with_moments;
 use std::fs;
 use std::process::{Command, Stdio};
@@ -114,6 +115,20 @@ fn a_lost_newest_checkpoint_gives_way_too() {
         place.write(&name, &newest[..newest.len() / 2]);
     }
     place.mistake(&format!("{RUN} -n 8 --keep 2 --resume"), "m.safetensors: is ");
+}
+
+/// Whatever length a copy that broke off has, it is taken for damaged, so that the checkpoint before it is looked for.
+#[test]
+fn a_checkpoint_cut_at_any_byte_is_noticed() {
+    let place = Place::with_model_and_data();
+    place.ok(&format!("{RUN} -n 1"));
+    let path = place.path("m.safetensors");
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    for length in (0..file.metadata().unwrap().len()).rev() {
+        file.set_len(length).unwrap();
+        let cut = load_with_moments(&path);
+        assert!(matches!(cut, Err(Error::File { .. })), "{length} bytes: {:?}", cut.err());
+    }
 }
 
 #[test]

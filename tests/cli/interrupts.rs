@@ -19,7 +19,7 @@ fn place() -> Place {
 }
 
 const RUN: &str =
-    "-e tiny.bin -i train.bin -j long.bin -b 2 -t 16 -s 0 --schedule constant -c m.safetensors --metrics m.jsonl";
+    "-e tiny.bin -i train.bin -j long.bin -b 2 -t 16 --schedule constant -c m.safetensors --metrics m.jsonl";
 
 fn start(place: &Place, options: &str) -> (Child, BufReader<std::process::ChildStdout>) {
     let mut child =
@@ -55,19 +55,19 @@ fn interrupt(child: Child) -> String {
 fn a_validation_is_stopped_at_once_and_made_up_for() {
     let place = place();
     // The first validation, before any step.
-    let (child, mut stdout) = start(&place, "-n 6 -v 4 -m 0");
+    let (child, mut stdout) = start(&place, "-n 6 -v 4 -m 0 -s 0");
     wait_for(&mut stdout, "device: ");
     let sentence = interrupt(child);
     assert_eq!(sentence, "bandtrain: interrupted; no step was done yet, so nothing was written\n");
     assert!(!place.path("m.safetensors").exists());
     // One in the middle of the run.
-    place.ok(&format!("{RUN} -n 2 -v 0"));
-    let (child, mut stdout) = start(&place, "-n 6 -v 4 -m 0 --resume");
+    place.ok(&format!("{RUN} -n 2 -v 0 -s 0"));
+    let (child, mut stdout) = start(&place, "-n 6 -v 4 -m 0 -s 0 --resume");
     wait_for(&mut stdout, "step 4/6 | train loss ");
     let sentence = interrupt(child);
     assert_eq!(sentence, "bandtrain: interrupted; the checkpoint after step 4 is in m.safetensors\n");
     assert_eq!(load(&place.path("m.safetensors")).unwrap().meta.step, 4);
-    let stdout = place.ok(&format!("{RUN} -n 6 -v 4 -m 2 --resume"));
+    let stdout = place.ok(&format!("{RUN} -n 6 -v 4 -m 2 -s 0 --resume"));
     let steps: Vec<_> = stdout.lines().filter(|line| line.starts_with("step ") && !line.contains("written")).collect();
     let starts = ["step 4/6 | validation", "step 5/6 | train", "step 6/6 | train", "step 6/6 | validation"];
     assert!(steps.len() == 4 && steps.iter().zip(starts).all(|(line, start)| line.starts_with(start)), "{steps:#?}");
@@ -76,14 +76,14 @@ fn a_validation_is_stopped_at_once_and_made_up_for() {
 #[test]
 fn the_last_validation_too() {
     let place = place();
-    place.ok(&format!("{RUN} -n 2 -v 0"));
-    let (child, mut stdout) = start(&place, "-n 3 -v 4 -m 0 --resume");
+    place.ok(&format!("{RUN} -n 2 -v 0 -s 0"));
+    let (child, mut stdout) = start(&place, "-n 3 -v 4 -m 0 -s 0 --resume");
     wait_for(&mut stdout, "step 3/3 | train loss ");
     interrupt(child);
-    let stdout = place.ok(&format!("{RUN} -n 3 -v 4 -m 2 --resume"));
+    let stdout = place.ok(&format!("{RUN} -n 3 -v 4 -m 2 -s 0 --resume"));
     assert!(stdout.contains("step 3/3 | validation loss ") && stdout.contains("done: validation loss"), "{stdout}");
     // Once made up for it is done.
-    assert!(!place.ok(&format!("{RUN} -n 3 -v 4 -m 2 --resume")).contains("validation loss"));
+    assert!(!place.ok(&format!("{RUN} -n 3 -v 4 -m 2 -s 0 --resume")).contains("validation loss"));
 }
 
 /// A model that hardly ever ends its text makes up a sample of a billion tokens.
@@ -110,10 +110,10 @@ fn a_sample_is_stopped_at_once_and_made_up_for() {
 #[test]
 fn a_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint() {
     let place = place();
-    place.ok(&format!("{RUN} -n 2 -v 0"));
+    place.ok(&format!("{RUN} -n 2 -v 0 -s 0"));
     let before = place.bytes("m.safetensors");
     // A step of minutes.
-    let (mut child, mut stdout) = start(&place, "-n 3 -v 0 --grad-accum 10000000 --resume --force");
+    let (mut child, mut stdout) = start(&place, "-n 3 -v 0 -s 0 --grad-accum 10000000 --resume --force");
     wait_for(&mut stdout, "device: ");
     press_ctrl_c(&child);
     std::thread::sleep(Duration::from_millis(500));
@@ -122,5 +122,5 @@ fn a_second_ctrl_c_stops_at_once_and_leaves_the_checkpoint() {
     let words = "stopped at once, the step under way is lost; --resume goes on from the last checkpoint";
     assert_eq!(sentence, format!("bandtrain: {words}\n"));
     assert!(place.bytes("m.safetensors") == before);
-    place.ok(&format!("{RUN} -n 3 -v 0 --resume"));
+    place.ok(&format!("{RUN} -n 3 -v 0 -s 0 --resume"));
 }

@@ -3,11 +3,13 @@
 mod checkpoints;
 mod commands;
 mod common;
+mod dashboard;
 mod interrupts;
 mod mistakes;
 mod mistakes_files;
 mod random;
 mod resume;
+mod run_folder;
 #[path = "../skip/mod.rs"]
 mod skip;
 mod spikes;
