@@ -20,8 +20,8 @@ Examples:
 
 Long runs:
   bandtrain train -i train.bin -j val.bin -n 100000 --run runs/a -k 10m --keep 3 --resume
-    puts everything into the folder runs/a, with a checkpoint every 10 minutes; the same command goes on after whatever
-    stopped the run, with the same bits as if nothing had
+    puts everything into the folder runs/a, with a checkpoint every 10 minutes; the same command
+    goes on after whatever stopped the run, with the same bits as if nothing had
   Ctrl-C (or SIGTERM)
     finishes the step, writes a checkpoint and says where it is; a second one stops at once
   bandtrain plot runs/a --output a.png

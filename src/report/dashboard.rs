@@ -221,10 +221,10 @@ impl View {
     }
 
     fn draw(&self, frame: &mut Frame<'_>) {
-        let rows = [Constraint::Length(3), Constraint::Min(8), Constraint::Length(8), Constraint::Length(6)];
+        let rows = [Constraint::Length(3), Constraint::Min(8), Constraint::Length(6), Constraint::Length(5)];
         let [progress, middle, sample, messages] = Layout::vertical(rows).areas(frame.area());
         let [curve, side] = Layout::horizontal([Constraint::Fill(1), Constraint::Length(38)]).areas(middle);
-        let [numbers, rates] = Layout::vertical([Constraint::Min(4), Constraint::Length(5)]).areas(side);
+        let [numbers, rates] = Layout::vertical([Constraint::Length(11), Constraint::Min(0)]).areas(side);
         self.draw_progress(frame, progress);
         self.draw_losses(frame, curve);
         frame.render_widget(Paragraph::new(self.numbers()).block(Block::bordered().title(" now ")), numbers);

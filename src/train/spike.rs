@@ -126,9 +126,9 @@ mod tests {
         ordinary(&mut spikes, WINDOW - 1);
         assert_eq!(spikes.clone().judge(&RULE, 30.0, 1.0), Verdict::Update, "the window is not full");
         ordinary(&mut spikes, 1);
-        // One value far from 127 equal ones: (n - 1) / sqrt(n) deviations from the mean.
+        // One value far from 127 others that are nearly equal: sqrt(127) deviations from the mean.
         let Verdict::Skip(reason) = spikes.judge(&RULE, 300.0, 1.0) else { panic!("no spike") };
-        assert_eq!(reason, "the loss's z-score is 11.22");
+        assert_eq!(reason, "the loss's z-score is 11.27");
         let Verdict::Skip(reason) = spikes.judge(&RULE, 3.0, 9.0) else { panic!("no spike") };
         assert!(reason.starts_with("the gradient norm's z-score is 1"), "{reason}");
         assert_eq!(spikes.skipped(), 2);
