@@ -124,7 +124,7 @@ impl Reporter {
     /// tell up to there; any other begins them anew.
     ///
     /// # Errors
-    /// [`Error::Io`] when a file cannot be read or written; a terminal that cannot be drawn on.
+    /// [`crate::Error::Io`] when a file cannot be read or written; a terminal that cannot be drawn on.
     pub fn new(steps: u64, show: Show, device: &str, files: &ReportFiles, after: Option<u64>) -> Result<Self> {
         let open = |path: &Option<PathBuf>, step_of| {
             path.as_deref().map(|path| match after {
