@@ -8,8 +8,10 @@ mod container;
 mod hf;
 mod llmc;
 mod safetensors;
+mod series;
 mod values;
 
+pub use series::{Keep, Series};
 pub use values::Encoding;
 
 use crate::config::{BYTES_VOCAB, GPT2_VOCAB, GptConfig};
