@@ -1,10 +1,13 @@
 //! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has, and becomes
-//! SPIR-V, MSL and HLSL.
+//! SPIR-V, MSL and HLSL; where `tint`, Chrome's compiler, is installed, it accepts every one too.
+
+mod skip;
 
 use bandtrain::backend::wgpu::{Kernel, WORKGROUP_SIZES, dump_shaders, instantiations};
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use std::collections::HashSet;
+use std::process::Command;
 
 /// Invocations of a workgroup and storage buffers that every WebGPU adapter has.
 const INVOCATIONS: u32 = 256;
@@ -39,6 +42,27 @@ fn every_instantiation_becomes_spirv_msl_and_hlsl() {
         let (options, pipeline) = (hlsl::Options::default(), hlsl::PipelineOptions::default());
         hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None).expect(&name);
         assert!(text.contains("numthreads("), "{name}: no HLSL kernel");
+    }
+}
+
+/// Chrome's compiler reads WGSL to the letter where naga is lenient: uniform control flow above all.
+#[test]
+fn tint_accepts_every_instantiation() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("shader.wgsl");
+    let tint = |source: &str| {
+        std::fs::write(&path, source).unwrap();
+        // Written again as WGSL, because only what is written is validated.
+        Command::new("tint").args(["--format", "wgsl", "-o"]).arg(dir.path().join("out.wgsl")).arg(&path).output()
+    };
+    let Ok(output) = tint("@compute @workgroup_size(1) fn broken() { barrier_of_no_kind(); }") else {
+        skip::skip("tint", "no program of that name, which compiles WGSL as Chrome does, is installed");
+        return;
+    };
+    assert!(!output.status.success(), "tint accepts anything");
+    for kernel in all_instantiations() {
+        let output = tint(&kernel.source().unwrap()).unwrap();
+        assert!(output.status.success(), "{}: {}", kernel.name(), String::from_utf8_lossy(&output.stderr));
     }
 }
 

@@ -268,11 +268,16 @@ impl TrainConfig {
         let mut model = Model::new(backend, &self.weights)?;
         // From here on the weights live on the device.
         drop(self.weights);
-        let mut trainer = Trainer::new(plan, &mut model, self.tokenizer, &mut reporter)?;
-        if let Some(progress) = self.progress.take() {
-            trainer.resume(&mut self.train, progress)?;
-        }
-        let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
+        let config = *model.config();
+        let mut train = |model| {
+            let mut trainer = Trainer::new(plan, model, self.tokenizer, &mut reporter)?;
+            if let Some(progress) = self.progress.take() {
+                trainer.resume(&mut self.train, progress)?;
+            }
+            trainer.run(&mut self.train, self.val.as_mut(), interrupt)
+        };
+        let summary = train(&mut model)
+            .map_err(|error| MemoryEstimate::advise(model.backend(), &config, plan.batch_size, plan.seq_len, error))?;
         if summary.skipped > 0 {
             reporter.note(&format!("skipped {} of {} updates as spikes", summary.skipped, plan.steps))?;
         }

@@ -5,7 +5,7 @@
 
 use super::driver::fault;
 use super::libraries::{self, Library};
-use crate::cache;
+use crate::cache::{self, Cache};
 use crate::error::{Error, Result};
 use cudarc::driver::{result as driver_result, sys as driver_sys};
 use cudarc::nvrtc::{result, sys};
@@ -290,11 +290,12 @@ fn reports(log: &str) -> Vec<KernelReport> {
 /// The code of a unit, from the disk or compiled (and then kept).
 fn code_of(unit: &Unit, target: Target, version: (i32, i32)) -> Result<Vec<u8>> {
     let name = format!("{}-{}.kernel", unit.stem, cache_key(unit, target, version));
-    if let Some(code) = cache::read(&name) {
+    let cache = Cache::of_user();
+    if let Some(code) = cache.read(&name) {
         return Ok(code);
     }
     let (code, _) = compile(unit, target)?;
-    cache::write(&name, &code);
+    cache.write(&name, &code);
     Ok(code)
 }
 

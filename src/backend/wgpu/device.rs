@@ -2,6 +2,7 @@
 
 use super::tuning::Tuning;
 use crate::error::{Error, Result};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use wgpu::{Backends, DeviceType, Limits};
 
@@ -105,6 +106,10 @@ pub struct Options {
     pub binding_bytes: Option<u64>,
     /// Compile shaders with bounds checks: slower, for tests.
     pub checked: bool,
+    /// Act as if the adapter had only this much memory, in bytes.
+    pub memory_bytes: Option<usize>,
+    /// The folder that compiled pipelines are kept in; the user's cache folder when `None`.
+    pub cache_folder: Option<PathBuf>,
 }
 
 /// The first fault the device reported since the last look: losses and errors arrive by callback.
@@ -127,14 +132,17 @@ impl Faults {
 }
 
 /// What is made use of where an adapter has it.
-const USEFUL_FEATURES: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY;
+const USEFUL_FEATURES: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::PIPELINE_CACHE);
 
 /// An open device.
 pub(super) struct Gpu {
+    pub(super) adapter: wgpu::Adapter,
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) info: AdapterInfo,
     pub(super) limits: Limits,
+    /// As [`Options::memory_bytes`].
+    pub(super) memory_bytes: Option<usize>,
     pub(super) faults: Faults,
 }
 
@@ -188,7 +196,7 @@ pub(super) fn open(options: &Options) -> Result<Gpu> {
     let adapters = found();
     let infos: Vec<_> = adapters.iter().enumerate().map(|(index, adapter)| AdapterInfo::new(index, adapter)).collect();
     let index = choose(&infos, options.adapter.as_deref())?;
-    let (adapter, info) = (&adapters[index], infos[index].clone());
+    let (adapter, info) = (adapters[index].clone(), infos[index].clone());
     let limits = match options.default_limits {
         true => Limits { max_buffer_size: adapter.limits().max_buffer_size, ..Limits::default() },
         false => adapter.limits(),
@@ -209,7 +217,7 @@ pub(super) fn open(options: &Options) -> Result<Gpu> {
         )));
     }
     let faults = watch(&device, &info);
-    Ok(Gpu { device, queue, info, limits, faults })
+    Ok(Gpu { adapter, device, queue, info, limits, memory_bytes: options.memory_bytes, faults })
 }
 
 /// Collects what goes wrong on the device later.
@@ -226,7 +234,7 @@ fn watch(device: &wgpu::Device, info: &AdapterInfo) -> Faults {
     device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
         errors.report(match error {
             wgpu::Error::OutOfMemory { .. } => {
-                format!("{name} ran out of memory; use a smaller batch (-b) or sequence (-t)")
+                format!("{name} ran out of memory for its commands; use a smaller batch (-b) or sequence (-t)")
             }
             other => format!("{name} refused a command: {other}"),
         });

@@ -249,6 +249,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Waits for a submission, or for all.
 pub(super) fn wait(gpu: &Gpu, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
     let polled = gpu.device.poll(wgpu::PollType::Wait { submission_index, timeout: None });
+    if polled.is_err() {
+        // That the device was lost is told by a poll that finds its work done, as that of a lost device is.
+        let _ = gpu.device.poll(wgpu::PollType::Poll);
+    }
     gpu.faults.check()?;
     polled.map(|_| ()).map_err(|error| Error::Device(format!("waiting for {} failed: {error}", gpu.info.name)))
 }

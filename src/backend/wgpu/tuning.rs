@@ -180,6 +180,11 @@ impl Tuning {
         Self { busy_threads: busy_threads.max(1), ..self }
     }
 
+    /// The same for an adapter that may be as slow as this many FLOP/s.
+    pub fn with_slow_flops(self, slow_flops: f64) -> Self {
+        Self { slow_flops: slow_flops.max(1.0), ..self }
+    }
+
     /// The template's variables for products by `tile`.
     pub(super) fn variables(&self, tile: Tile) -> [(&'static str, u32); 8] {
         let Tile { bm, bn, bk, tm, tn } = tile;
