@@ -179,3 +179,53 @@ fn models_of_any_shape_are_understood() {
     place.ok("-e odd.safetensors -i train.bin -j val.bin -n 2 -b 1 -t 5 -v 1 -m 1 -s 1 -g 3 -c m.bin");
     place.ok("generate -e m.bin -n 3");
 }
+
+#[test]
+fn converting_to_hugging_face_brings_the_tokenizer_that_fits() {
+    let place = Place::with_model_and_data();
+    let stdout = place.ok("convert --input tiny.bin --output hf --to hf");
+    assert!(stdout.contains("parameters as hf") && !stdout.contains("note"), "{stdout}");
+    assert!(place.read("hf/tokenizer_config.json").contains("\"model_max_length\": 16"));
+    assert_eq!(place.read("hf/merges.txt"), "#version: 0.2\n");
+    place.save_model("odd.bin", GptConfig { vocab_size: 300, padded_vocab_size: 320, ..TINY }, Meta::default());
+    let stdout = place.ok("convert --input odd.bin --output odd --to hf");
+    assert!(
+        stdout.contains("note: without a tokenizer, since none is known that fits the model's 300 tokens"),
+        "{stdout}"
+    );
+    assert!(!place.path("odd/tokenizer.json").exists() && place.path("odd/generation_config.json").exists());
+}
+
+#[test]
+fn converting_can_band_and_says_what_that_cuts() {
+    let place = Place::with_model_and_data();
+    let stdout = place.ok("convert --input tiny.bin --output banded.safetensors --to safetensors -w 32 -2 16");
+    assert!(stdout.contains("banding FC1 cut ") && stdout.contains("banding FC2 cut "), "{stdout}");
+    // Back to dense and once more into the same band nothing is left to cut.
+    for (bits, format) in [("32", "llmc"), ("16", "llmc-bf16")] {
+        let stdout = place.ok(&format!("convert --input banded.safetensors --output {bits}.bin --to {format}"));
+        assert!(!stdout.contains("cut"), "{stdout}");
+        let again = format!("convert --input {bits}.bin --output {bits}.safetensors --to safetensors -w 32 -2 16");
+        let stdout = place.ok(&again);
+        assert!(stdout.contains("banding FC1 cut 0.00 %") && stdout.contains("banding FC2 cut 0.00 %"), "{stdout}");
+    }
+    assert!(place.bytes("32.safetensors") == place.bytes("banded.safetensors"));
+    let weights = |name: &str| load(&place.path(name)).unwrap().weights;
+    for (exact, rounded) in weights("banded.safetensors").values().iter().zip(weights("16.safetensors").values()) {
+        assert!((exact - rounded).abs() <= exact.abs() / 256.0, "{exact} {rounded}");
+    }
+    // One of the two alone; 0 is dense; what training says of the same cut.
+    let said = place.ok("convert --input tiny.bin --output fc2.safetensors --to safetensors -2 16");
+    assert!(!said.contains("FC1") && said.contains("banding FC2 cut"), "{said}");
+    let trained = place.ok("-e tiny.bin -i train.bin -b 2 -n 1 -v 0 -s 0 -w 32 -2 16 -c trained.safetensors");
+    let cut = stdout_line(&stdout, "banding FC1");
+    assert!(trained.contains(cut), "{trained} should say: {cut}");
+    let dense = place.ok("convert --input banded.safetensors --output dense.safetensors --to safetensors -w 0 -2 0");
+    assert!(!dense.contains("cut"), "{dense}");
+    assert_eq!(weights("dense.safetensors").config().fc1_bandwidth, 0);
+}
+
+/// The line of an output that begins like this.
+fn stdout_line<'a>(stdout: &'a str, start: &str) -> &'a str {
+    stdout.lines().find(|line| line.starts_with(start)).unwrap()
+}

@@ -46,6 +46,12 @@ fn bandwidths_are_whole_numbers() {
         place.mistake(&format!("{flag}99999999999"), "it must be at most 2147483648");
     }
     place.mistake("band -w -5", "it must not be negative");
+    place.mistake(
+        "convert --input a --output b --to hf -w -5",
+        "a bandwidth counts connections: it must not be negative",
+    );
+    place
+        .mistake("convert --input a --output b --to hf -2 wide", "it must be a whole number, digits only (0 is dense)");
     place.mistake("band -w 0", "bandwidth 0 means a dense layer");
     place.mistake("band -w 8 -C 2147483648", "a band needs 1 <= N <= W <= 1048576");
     place.mistake("band -w 8 -C 10 --wide 5", "N (narrow) is 10 and W (wide) is 5");
