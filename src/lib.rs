@@ -37,6 +37,7 @@ pub mod config;
 pub mod data;
 pub mod error;
 pub mod generate;
+pub mod hellaswag;
 pub mod memory;
 pub mod metrics;
 pub mod model;

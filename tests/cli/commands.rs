@@ -229,3 +229,43 @@ fn converting_can_band_and_says_what_that_cuts() {
 fn stdout_line<'a>(stdout: &'a str, start: &str) -> &'a str {
     stdout.lines().find(|line| line.starts_with(start)).unwrap()
 }
+
+#[test]
+fn hellaswags_lines_become_questions_to_score() {
+    let place = Place::new();
+    place.write("val.jsonl", include_bytes!("../fixtures/hellaswag.jsonl"));
+    assert_eq!(place.ok("tokenize --hellaswag --input val.jsonl --output gpt2.bin"), "gpt2.bin: 3 questions\n");
+    assert_eq!(place.ok("tokenize --hellaswag --input val.jsonl --output b.bin --tokenizer bytes --quiet"), "");
+    let words: Vec<u16> = bytemuck::pod_collect_to_vec(&place.bytes("gpt2.bin")[1024..]);
+    // The beginning of the second question: "The kettle boils." as GPT-2 reads it, 'He' behind a space.
+    let second = usize::from(words[1]) / 2;
+    let [context, ending] = ["The kettle boils.", " He eats the kettle."].map(|text| Tokenizer::Gpt2.encode(text));
+    assert_eq!(words[second + 2..][..4], [1, 2, 4, context.len() as u16]);
+    assert_eq!(words[second + 6..][..context.len()], context);
+    assert_eq!(words[second + 7 + context.len()..][..ending.len()], ending);
+
+    place.save_model("m.bin", GptConfig { max_seq_len: 128, ..TINY }, Meta::default());
+    let score = json(&place, "eval -e m.bin --hellaswag b.bin --json");
+    let (correct, questions) = (score["correct"].as_u64().unwrap(), score["questions"].as_u64().unwrap());
+    assert_eq!((questions, score["accuracy"].as_f64().unwrap()), (3, correct as f64 / 3.0));
+    assert_eq!(json(&place, "eval -e m.bin --hellaswag b.bin --json -b 16"), score);
+    assert_eq!(json(&place, "eval -e m.bin --hellaswag b.bin --json -m 2")["questions"], 2);
+    let line = place.ok("eval -e m.bin --hellaswag b.bin");
+    assert!(line.starts_with("accuracy ") && line.contains(" of 3 questions, by mean loss"), "{line}");
+}
+
+#[test]
+fn a_model_answers_what_it_was_taught() {
+    let place = Place::with_model_and_data();
+    place.ok("-e tiny.bin -i train.bin -b 4 -n 150 -l 0.01 -v 0 -s 0 -c m.safetensors");
+    let question = |label: usize, context: &str, right: &str| {
+        let mut endings = ["zz", "qq", "xvx", "kj"];
+        endings[label] = right;
+        serde_json::json!({ "ctx": context, "endings": endings, "label": label }).to_string()
+    };
+    let lines = [question(0, "One day a cat", "sat"), question(3, "on a mat", "and"), question(2, "and saw", "a rat.")];
+    place.write("q.jsonl", lines.join("\n"));
+    place.ok("tokenize --hellaswag --input q.jsonl --output q.bin --tokenizer bytes");
+    let score = json(&place, "eval -e m.safetensors --hellaswag q.bin --json");
+    assert_eq!((score["accuracy"].as_f64(), score["correct"].as_u64()), (Some(1.0), Some(3)), "{score}");
+}
