@@ -27,6 +27,8 @@ constexpr int PANEL_ROWS = 64;
 [[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
 // Floats between rows of a tile of results: a quarter of the banks further each, so that a warp's stores spread over all.
 [[maybe_unused]] constexpr int RESULT_STRIDE = BLOCK_COLS + 8;
+// Rows of results that lie in shared memory at one time.
+[[maybe_unused]] constexpr int RESULT_ROWS = BLOCK_ROWS < 128 ? BLOCK_ROWS : 128;
 
 struct Panel {
     int row, rows, col, cols, offset;
@@ -98,16 +100,35 @@ __device__ __forceinline__ void stage_panel(const Tile<Rows>& tile, int tile_row
                                         panel.end() - col);
 }
 
-// A warp's results to the tile of results in shared memory.
-__device__ __forceinline__ void spill_results(float* results, const float (&acc)[MT][NT][4], int row, int col) {
+// Brings the block's results to shared memory, RESULT_ROWS rows at a time, and has each thread `finish` neighbours of a row:
+// finish(row, col, sums), all inside `rows` and `cols`.
+template <class Finish>
+__device__ __forceinline__ void finish_results(char* shared, const float (&acc)[MT][NT][4], int warp_row, int warp_col, int rows,
+                                               int cols, const Finish& finish) {
+    float* results = reinterpret_cast<float*>(shared);
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll 1
+    for (int first = 0; first < min(rows, BLOCK_ROWS); first += RESULT_ROWS) {
+        __syncthreads();
+        if (warp_row >= first && warp_row < first + RESULT_ROWS) {
 #pragma unroll
-    for (int i = 0; i < MT; i++) {
+            for (int i = 0; i < MT; i++) {
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
-            float* at = results + (row + 16 * i + g) * RESULT_STRIDE + col + 8 * j + 2 * t;
-            *reinterpret_cast<float2*>(at) = make_float2(acc[i][j][0], acc[i][j][1]);
-            *reinterpret_cast<float2*>(at + 8 * RESULT_STRIDE) = make_float2(acc[i][j][2], acc[i][j][3]);
+                for (int j = 0; j < NT; j++) {
+                    float* at = results + (warp_row - first + 16 * i + g) * RESULT_STRIDE + warp_col + 8 * j + 2 * t;
+                    *reinterpret_cast<float2*>(at) = make_float2(acc[i][j][0], acc[i][j][1]);
+                    *reinterpret_cast<float2*>(at + 8 * RESULT_STRIDE) = make_float2(acc[i][j][2], acc[i][j][3]);
+                }
+            }
+        }
+        __syncthreads();
+#pragma unroll ALIGNED ? 4 : 1
+        for (int i = threadIdx.x; i < RESULT_ROWS * BLOCK_COLS / WIDTH; i += THREADS) {
+            int r = i / (BLOCK_COLS / WIDTH), c = i % (BLOCK_COLS / WIDTH) * WIDTH;
+            if (first + r >= rows || c >= cols) continue;
+            float sums[WIDTH];
+            load(sums, results + r * RESULT_STRIDE + c);
+            finish(first + r, c, sums);
         }
     }
 }
@@ -161,19 +182,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
     }
     copy_async_wait<0>();
-    __syncthreads();
 
-    float* results = reinterpret_cast<float*>(shared);
-    spill_results(results, acc, warp_row, warp_col);
-    __syncthreads();
     int col0 = group.upper.row;
-#pragma unroll ALIGNED ? 4 : 1
-    for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / WIDTH; i += THREADS) {
-        int r = i / (BLOCK_COLS / WIDTH), c = i % (BLOCK_COLS / WIDTH) * WIDTH;
-        if (row0 + r >= rows || col0 + c >= wide) continue;
+    finish_results(shared, acc, warp_row, warp_col, rows - row0, wide - col0, [&](int r, int c, float(&sums)[WIDTH]) {
         long long at = (long long)(row0 + r) * wide + col0 + c;
-        float sums[WIDTH], others[WIDTH];
-        load(sums, results + r * RESULT_STRIDE + c);
+        float others[WIDTH];
 #if EPILOGUE == 1
         load(others, bias + col0 + c);
 #pragma unroll
@@ -187,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         for (int lane = 0; lane < WIDTH; lane++) sums[lane] *= gelu_derivative(others[lane]);
 #endif
         store(y + at, sums);
-    }
+    });
 }
 
 #elif defined(CONTRACT)
@@ -240,24 +253,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         multiply_covered<DEPTH>(acc, left, right, Covered(window.x, window.y, col0 + warp_col));
     }
     copy_async_wait<0>();
-    __syncthreads();
 
-    float* results = reinterpret_cast<float*>(shared);
-    spill_results(results, acc, warp_row, warp_col);
-    __syncthreads();
-#pragma unroll ALIGNED ? 4 : 1
-    for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / WIDTH; i += THREADS) {
-        int r = i / (BLOCK_COLS / WIDTH), c = i % (BLOCK_COLS / WIDTH) * WIDTH;
-        if (row0 + r >= rows || col0 + c >= narrow) continue;
-        float sums[WIDTH], others[WIDTH];
-        load(sums, results + r * RESULT_STRIDE + c);
+    finish_results(shared, acc, warp_row, warp_col, rows - row0, narrow - col0, [&](int r, int c, float(&sums)[WIDTH]) {
         if (bias != nullptr) {
+            float others[WIDTH];
             load(others, bias + col0 + c);
 #pragma unroll
             for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
         }
         store(y + (long long)(row0 + r) * narrow + col0 + c, sums);
-    }
+    });
 }
 
 #elif defined(OUTER)

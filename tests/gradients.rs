@@ -786,10 +786,33 @@ fn grad_norm() {
     for len in [1, 1000, 40_000] {
         let grads = Random::new(120).values(len, 1.0);
         let expected = f64s(&grads).iter().map(|g| g * g).sum::<f64>().sqrt();
-        let mut norm = nan(1);
+        let mut norm = vec![1e30];
         Cpu.grad_norm(&mut norm, &grads).unwrap();
         equals(&format!("norm of {len}"), &norm, &[expected], sums(&[1]));
     }
+}
+
+/// A norm that is not finite outlasts finite gradients, and nothing is updated under it.
+#[test]
+fn a_norm_that_is_not_finite_stays_and_stops_the_optimizer() {
+    let mut norm = vec![0.0];
+    Cpu.grad_norm(&mut norm, &vec![1.0, f32::INFINITY]).unwrap();
+    Cpu.grad_norm(&mut norm, &vec![1.0, 2.0]).unwrap();
+    assert_eq!(norm, [f32::INFINITY]);
+    let [mut params, mut m, mut v] = [vec![1.0, 2.0], vec![0.5, 0.5], vec![0.5, 0.5]];
+    let plan = Cpu.adamw_plan(&[], 2).unwrap();
+    let step = AdamWStep {
+        step: 1,
+        learning_rate: 0.1,
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        grad_clip: 1.0,
+    };
+    let state = OptimizerState { params: &mut params, m: &mut m, v: &mut v };
+    Cpu.adamw_step(state, &vec![1.0, 2.0], &norm, &plan, &step).unwrap();
+    assert_eq!([params, m, v], [vec![1.0, 2.0], vec![0.5, 0.5], vec![0.5, 0.5]]);
 }
 
 /// Five steps, whose gradients are clipped, or would not need to be, or must not be.
@@ -815,7 +838,7 @@ fn adamw() {
         let (learning_rate, beta1, eps, weight_decay) = (0.01, 0.9, 1e-8, 0.1);
         for t in 1..=STEPS {
             let grads = draw(1.0);
-            let mut norm = nan(1);
+            let mut norm = vec![0.0];
             Cpu.grad_norm(&mut norm, &grads).unwrap();
             let step = AdamWStep { step: t as u64, learning_rate, beta1, beta2, eps, weight_decay, grad_clip };
             let state = OptimizerState { params: &mut params, m: &mut m, v: &mut v };

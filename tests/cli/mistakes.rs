@@ -132,7 +132,7 @@ fn what_memory_cannot_hold_is_refused_before_it_is_asked_for() {
 fn devices_that_are_not_there_are_named() {
     let place = Place::new();
     for command in ["", "info ", "bench ", "parity "] {
-        place.mistake(&format!("{command}--backend cuda"), "has no cuda backend; use --backend wgpu or cpu");
+        place.mistake(&format!("{command}--backend cuda"), "use --backend wgpu or cpu");
         place.mistake(&format!("{command}--backend wgpu --precision tf32"), "the wgpu backend computes in fp32 only");
         place.mistake(&format!("{command}--adapter nonesuch"), "there is no graphics adapter");
         place.mistake(&format!("{command}--backend cpu --adapter 0"), "--adapter chooses among wgpu's adapters");

@@ -9,7 +9,8 @@ use crate::shapes::Span;
 
 /// Bytes of a row of a tile in shared memory.
 const TILE_ROW: usize = 128;
-/// A row of results in shared memory has so many floats more than columns.
+/// Rows of results that lie in shared memory at one time, each with so many floats more than columns.
+const RESULT_ROWS: usize = 128;
 const RESULT_PADDING: usize = 8;
 /// Threads that sum a wide row's shares.
 const SUM_THREADS: usize = 128;
@@ -63,7 +64,7 @@ impl Cut {
     /// Shared memory of expand and contract: the stages, or the results that follow them.
     fn product_shared(self) -> usize {
         let stages = self.stages * (self.rows + self.cols) * TILE_ROW;
-        stages.max(4 * self.rows * (self.cols + RESULT_PADDING))
+        stages.max(4 * self.rows.min(RESULT_ROWS) * (self.cols + RESULT_PADDING))
     }
 
     /// Shared memory of outer.
@@ -162,9 +163,10 @@ fn outer_tiles(band: &Band, cut: Cut) -> Vec<[u32; 2]> {
         .collect()
 }
 
-/// Shares of the batch's rows so that `tiles` blocks keep `multiprocessors` busy: (shares, rows of each).
-fn shares(tiles: usize, rows: usize, multiprocessors: usize) -> (usize, usize) {
-    let wanted = (2 * multiprocessors).div_ceil(tiles.max(1)).min(rows / MIN_SHARE_ROWS).max(1);
+/// Shares of the batch's rows so that with `tiles` blocks for each the card's `places` for blocks are all taken once: (shares,
+/// rows of each).
+fn shares(tiles: usize, rows: usize, places: usize) -> (usize, usize) {
+    let wanted = (places / tiles.max(1)).min(rows / MIN_SHARE_ROWS).max(1);
     let share_rows = rows.div_ceil(wanted).next_multiple_of(SHARE_ALIGN);
     (rows.div_ceil(share_rows).max(1), share_rows)
 }
@@ -276,7 +278,8 @@ impl BandLinear for Cuda {
             BiasGrad::Narrow(span) => self.column_sums(OP, grads, span, narrow, rows, write)?,
         }
         let out = grads.part(Element::F32, panels)?;
-        let (count, share_rows) = shares(table.outer_tiles, rows, self.card().multiprocessors);
+        let places = table.outer.blocks * self.card().multiprocessors;
+        let (count, share_rows) = shares(table.outer_tiles, rows, places);
         let target = match count {
             1 => out,
             _ => self.scratch("shares of a product", Element::F32, count * packed)?,
@@ -354,9 +357,9 @@ mod tests {
     #[test]
     fn shares_cover_the_rows_and_no_more() {
         for (tiles, rows) in [(44, 8192), (1, 8192), (1000, 8192), (4, 100), (1, 1)] {
-            let (count, share_rows) = shares(tiles, rows, 132);
+            let (count, share_rows) = shares(tiles, rows, 264);
             assert!(share_rows % SHARE_ALIGN == 0 && count * share_rows >= rows && (count - 1) * share_rows < rows);
         }
-        assert_eq!(shares(44, 8192, 132).0, 6);
+        assert_eq!(shares(44, 8192, 264).0, 6);
     }
 }
