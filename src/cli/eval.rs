@@ -38,7 +38,7 @@ pub struct EvalArgs {
     /// HellaSwag's questions
     #[arg(long, value_name = "FILE")]
     hellaswag: Option<PathBuf>,
-    /// Most batches, or of HellaSwag most questions; 0 is all
+    /// Most batches, or of HellaSwag most questions; 0 is all (what fills no last batch is left out)
     #[arg(long, short = 'm', default_value = "0", value_parser = parse::count, value_name = "N", allow_negative_numbers = true)]
     val_batches: usize,
     /// Sequences per batch; of HellaSwag's, four make a question

@@ -68,6 +68,8 @@ fn eval_measures_what_training_validated() {
     let last = eval("m.safetensors");
     assert_eq!(last["loss"].as_f64().unwrap() as f32, val_losses[2]);
     assert_eq!((last["batches"].as_u64(), last["tokens"].as_u64()), (Some(3), Some(48)));
+    let of_loss = f64::from(val_losses[2]).exp();
+    assert!((last["perplexity"].as_f64().unwrap() / of_loss - 1.0).abs() < 1e-12, "{last}");
     // Without -m all batches there are, and the loss of fresh weights is that of a guess.
     let all = json(&place, "eval -e tiny.bin -j val.bin -b 2 --json");
     assert_eq!(all["batches"], 6);
