@@ -2,14 +2,14 @@
 //! two runs against each other. Without a card (or the software CUDA of `tests/software_cuda`) these tests say so and pass;
 //! `BANDTRAIN_REQUIRE=cuda` makes that a failure.
 
+mod agreement;
 #[path = "golden.rs"]
 mod golden;
 mod skip;
 
-use bandtrain::backend::cpu::Cpu;
 use bandtrain::backend::cuda::{self, Cuda, Options};
 use bandtrain::backend::{Arithmetic, Attention, Device, Role, SequenceDims};
-use bandtrain::config::{GptConfig, preset};
+use bandtrain::config::preset;
 use bandtrain::model::{Activations, Model};
 use bandtrain::optim::{Optimizer, Recipe};
 use bandtrain::parity;
@@ -30,10 +30,8 @@ fn of(arithmetic: Arithmetic) -> Options {
 }
 
 fn check_parity(options: Options) {
-    let Some(mut device) = device(options) else { return };
-    let rows = parity::run(&mut device, &mut Cpu::new()).unwrap();
-    let failed: Vec<String> = rows.iter().filter(|row| !row.passes()).map(ToString::to_string).collect();
-    assert!(failed.is_empty(), "{} of {} rows disagree:\n{}", failed.len(), rows.len(), failed.join("\n"));
+    let Some(device) = device(options) else { return };
+    let rows = agreement::parity_rows(device);
     assert!(rows.len() > 600 && parity::summaries(&rows).len() == 5, "only {} rows", rows.len());
 }
 
@@ -80,35 +78,12 @@ fn low_precisions_follow_the_golden_runs() {
     }
 }
 
-/// Losses and weights of a few steps of a small banded model, as bits: enough steps that they are replayed from a graph.
-fn train(arithmetic: Arithmetic) -> Option<Vec<u32>> {
-    const STEPS: usize = 4;
-    let device = device(of(arithmetic))?;
-    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256, ..preset("toy").unwrap().model };
-    let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
-    let mut acts = Activations::new(&mut model, 2, 100, true).unwrap();
-    let mut optimizer = Optimizer::new(&mut model).unwrap();
-    let tokens: Vec<u32> = (0..201 * STEPS as u32).map(|k| k * k % 65_521 * 7919 % 257).collect();
-    let mut results = Vec::new();
-    for batch in tokens.chunks(201) {
-        for micro_step in 0..2 {
-            model.upload_batch(&mut acts, &batch[..200], &batch[1..]).unwrap();
-            optimizer.micro_step(&mut model, &mut acts, micro_step, 2).unwrap();
-        }
-        results.push(optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-3).unwrap());
-    }
-    // Collected late: a step does not wait for the one before.
-    let scalars: Vec<_> = results.into_iter().map(|result| result.collect(&mut model).unwrap()).collect();
-    let weights = model.weights().unwrap();
-    let scalars = scalars.into_iter().flat_map(|(loss, norm)| [loss, norm]);
-    Some(scalars.chain(weights.values().iter().copied()).map(f32::to_bits).collect())
-}
-
 #[test]
 fn two_runs_give_the_same_bits() {
     for arithmetic in [Arithmetic::Fp32, Arithmetic::Tf32, Arithmetic::Bf16] {
-        let Some(first) = train(arithmetic) else { return };
-        assert!(first == train(arithmetic).unwrap(), "two runs in {} differ", arithmetic.name());
+        let train = || device(of(arithmetic)).map(agreement::trained_bits);
+        let Some(first) = train() else { return };
+        assert!(Some(first) == train(), "two runs in {} differ", arithmetic.name());
     }
 }
 

@@ -1,19 +1,14 @@
 //! The wgpu backend against the reference: operation by operation, then whole steps on the golden runs, then two runs
 //! against each other. Without an adapter these tests say so and pass; `BANDTRAIN_REQUIRE=wgpu` makes that a failure.
 
+mod agreement;
 #[path = "golden.rs"]
 mod golden;
 mod skip;
 
-use bandtrain::backend::cpu::Cpu;
 use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu, adapters};
 use bandtrain::backend::{Attention, Device, Role, SequenceDims};
-use bandtrain::config::{GptConfig, preset};
-use bandtrain::model::{Activations, Model};
-use bandtrain::optim::{Optimizer, Recipe};
-use bandtrain::parity;
 use bandtrain::tolerance::UNIT_F32;
-use bandtrain::weights::Weights;
 
 /// The device, or `None` with a visible line when there is none.
 fn device(options: &Options) -> Option<Wgpu> {
@@ -30,10 +25,8 @@ fn checked() -> Options {
 }
 
 fn check_parity(options: &Options) {
-    let Some(mut device) = device(options) else { return };
-    let rows = parity::run(&mut device, &mut Cpu::new()).unwrap();
-    let failed: Vec<String> = rows.iter().filter(|row| !row.passes()).map(ToString::to_string).collect();
-    assert!(failed.is_empty(), "{} of {} rows disagree:\n{}", failed.len(), rows.len(), failed.join("\n"));
+    let Some(device) = device(options) else { return };
+    let rows = agreement::parity_rows(device);
     assert!(rows.len() > 400, "only {} rows", rows.len());
 }
 
@@ -95,35 +88,12 @@ fn a_golden_run_in_chunks() {
     golden::check(device, "both_odd", UNIT_F32);
 }
 
-/// Losses and weights of a few steps of a small banded model, as bits.
-fn train(options: &Options) -> Option<Vec<u32>> {
-    const STEPS: usize = 3;
-    let device = device(options)?;
-    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256, ..preset("toy").unwrap().model };
-    let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
-    let mut acts = Activations::new(&mut model, 2, 100, true).unwrap();
-    let mut optimizer = Optimizer::new(&mut model).unwrap();
-    let tokens: Vec<u32> = (0..201 * STEPS as u32).map(|k| k * k * 7919 % 257).collect();
-    let mut results = Vec::new();
-    for batch in tokens.chunks(201) {
-        for micro_step in 0..2 {
-            model.upload_batch(&mut acts, &batch[..200], &batch[1..]).unwrap();
-            optimizer.micro_step(&mut model, &mut acts, micro_step, 2).unwrap();
-        }
-        results.push(optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-3).unwrap());
-    }
-    // Collected late: a step does not wait for the one before.
-    let scalars: Vec<_> = results.into_iter().map(|result| result.collect(&mut model).unwrap()).collect();
-    let weights = model.weights().unwrap();
-    let scalars = scalars.into_iter().flat_map(|(loss, norm)| [loss, norm]);
-    Some(scalars.chain(weights.values().iter().copied()).map(f32::to_bits).collect())
-}
-
 #[test]
 fn two_runs_give_the_same_bits() {
+    let train = |options: &Options| device(options).map(agreement::trained_bits);
     let Some(first) = train(&Options::default()) else { return };
-    assert!(first == train(&Options::default()).unwrap(), "two runs differ");
-    assert!(first == train(&checked()).unwrap(), "bounds checks change a result");
+    assert!(Some(&first) == train(&Options::default()).as_ref(), "two runs differ");
+    assert!(Some(&first) == train(&checked()).as_ref(), "bounds checks change a result");
 }
 
 #[test]

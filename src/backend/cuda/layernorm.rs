@@ -133,9 +133,7 @@ impl LayerNorm for Cuda {
         let parts = self.scratch("parts of sums", Element::F32, blocks * 2 * c)?;
         let args = args![dx, parts, dout, x, mean, rstd, weight, rows, residual_write];
         self.launch(OP, &unit, OP, [blocks, 1, 1], threads * block_rows, 0, args);
-        let of = |at: u64| Parts { at, stride: 2 * c, count: blocks };
-        self.add_parts(OP, dweight, c, of(parts), write);
-        self.add_parts(OP, dbias, c, of(parts + 4 * c as u64), write);
+        self.add_parts(OP, &[dweight, dbias], c, Parts { at: parts, stride: 2 * c, count: blocks }, write);
         Ok(())
     }
 }

@@ -6,8 +6,9 @@ use crate::backend::{Arithmetic, Write};
 use crate::error::Result;
 use crate::shapes::Span;
 
-const THREADS: usize = 256;
-/// Groups of columns of a block of `column_sums`.
+const COLUMN_SUMS_THREADS: usize = 256;
+const ADD_PARTS_THREADS: usize = 512;
+/// Columns of a block of `add_parts`, groups of columns of one of `column_sums`.
 const GROUPS: usize = 32;
 /// Parts that rows are summed in at most, and rows of a part at least.
 const MAX_PARTS: usize = 128;
@@ -27,12 +28,14 @@ pub(super) struct Parts {
 }
 
 impl Cuda {
-    /// `out[c] (+)= sum over parts of parts[part * stride + c]`, in order of the parts.
-    pub(super) fn add_parts(&mut self, op: &'static str, out: u64, columns: usize, parts: Parts, write: Write) {
+    /// `out[c] (+)= sum over parts of parts[part * stride + c]` for each of one or two outputs; the second one's parts lie
+    /// `columns` behind the first one's.
+    pub(super) fn add_parts(&mut self, op: &'static str, outs: &[u64], columns: usize, parts: Parts, write: Write) {
         let Parts { at, stride, count } = parts;
         let unit = self.unit("reduce", true);
-        let grid = [columns.div_ceil(THREADS), 1, 1];
-        self.launch(op, &unit, "add_parts", grid, THREADS, 0, args![out, at, columns, stride, count, write]);
+        let grid = [columns.div_ceil(GROUPS), outs.len(), 1];
+        let args = args![outs[0], outs[outs.len() - 1], at, columns, stride, count, write];
+        self.launch(op, &unit, "add_parts", grid, ADD_PARTS_THREADS, 0, args);
     }
 
     /// `out[c] (+)= sum over the rows of matrix[r, c]`: the gradient of a bias.
@@ -55,15 +58,23 @@ impl Cuda {
         let parts = self.scratch("parts of sums", Element::F32, MAX_PARTS * columns)?;
         let unit = self.unit("reduce", aligned);
         let grid = [pieces.div_ceil(GROUPS), count, 1];
-        self.launch(op, &unit, "column_sums", grid, THREADS, 0, args![parts, matrix, rows, columns, part_rows]);
-        self.add_parts(op, out, columns, Parts { at: parts, stride: columns, count }, write);
+        self.launch(
+            op,
+            &unit,
+            "column_sums",
+            grid,
+            COLUMN_SUMS_THREADS,
+            0,
+            args![parts, matrix, rows, columns, part_rows],
+        );
+        self.add_parts(op, &[out], columns, Parts { at: parts, stride: columns, count }, write);
         Ok(())
     }
 }
 
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
-    let of =
-        |aligned| ["column_sums", "add_parts"].map(|entry| (unit("reduce", arithmetic, aligned), entry, THREADS, 0));
+    let entries = [("column_sums", COLUMN_SUMS_THREADS), ("add_parts", ADD_PARTS_THREADS)];
+    let of = |aligned| entries.map(|(entry, threads)| (unit("reduce", arithmetic, aligned), entry, threads, 0));
     [true, false].into_iter().flat_map(of).collect()
 }

@@ -1,0 +1,44 @@
+//! What every device backend is held to: each operation against the reference, and a training against itself.
+
+use bandtrain::backend::Backend;
+use bandtrain::backend::cpu::Cpu;
+use bandtrain::config::{GptConfig, preset};
+use bandtrain::model::{Activations, Model};
+use bandtrain::optim::{Optimizer, Recipe};
+use bandtrain::parity::{self, Row};
+use bandtrain::weights::Weights;
+
+/// The rows of the parity suite on this device.
+///
+/// # Panics
+/// When one of them fails.
+pub fn parity_rows<B: Backend>(mut device: B) -> Vec<Row> {
+    let rows = parity::run(&mut device, &mut Cpu::new()).unwrap();
+    let failed: Vec<String> = rows.iter().filter(|row| !row.passes()).map(ToString::to_string).collect();
+    assert!(failed.is_empty(), "{} of {} rows disagree:\n{}", failed.len(), rows.len(), failed.join("\n"));
+    rows
+}
+
+/// Losses, gradient norms and weights of a few steps of a small banded model, as bits: enough steps that a backend that replays
+/// them does so.
+pub fn trained_bits<B: Backend>(device: B) -> Vec<u32> {
+    const STEPS: usize = 4;
+    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256, ..preset("toy").unwrap().model };
+    let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
+    let mut acts = Activations::new(&mut model, 2, 100, true).unwrap();
+    let mut optimizer = Optimizer::new(&mut model).unwrap();
+    let tokens: Vec<u32> = (0..201 * STEPS as u32).map(|k| k * k % 65_521 * 7919 % 257).collect();
+    let mut results = Vec::new();
+    for batch in tokens.chunks(201) {
+        for micro_step in 0..2 {
+            model.upload_batch(&mut acts, &batch[..200], &batch[1..]).unwrap();
+            optimizer.micro_step(&mut model, &mut acts, micro_step, 2).unwrap();
+        }
+        results.push(optimizer.update(&mut model, &Recipe::Stable.hyperparameters(), 1e-3).unwrap());
+    }
+    // Collected late: a step does not wait for the one before.
+    let scalars: Vec<_> = results.into_iter().map(|result| result.collect(&mut model).unwrap()).collect();
+    let weights = model.weights().unwrap();
+    let scalars = scalars.into_iter().flat_map(|(loss, norm)| [loss, norm]);
+    scalars.chain(weights.values().iter().copied()).map(f32::to_bits).collect()
+}
