@@ -6,9 +6,10 @@
 
 use crate::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::container::{self, Container, Entry};
-use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, hf_tokenizer, open, quoted};
+use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, hf_tokenizer, open};
 use crate::config::{GptConfig, padded_vocab};
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use crate::shapes::{Param, ParamTable, Tensor};
 use crate::weights::Weights;
 use rayon::prelude::*;

@@ -16,6 +16,7 @@ pub use values::Encoding;
 use crate::config::GptConfig;
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use crate::shapes::{Param, Tensor};
 use crate::weights::Weights;
 use container::Container;
@@ -306,13 +307,6 @@ fn first_bytes(path: &Path) -> Result<Vec<u8>> {
 
 fn first_word(start: &[u8]) -> Option<i32> {
     start.first_chunk().map(|bytes| i32::from_le_bytes(*bytes))
-}
-
-/// Text from a file, fit to be shown: cut short and without control characters.
-fn quoted(text: &str) -> String {
-    const SHOWN: usize = 60;
-    let dots = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
-    format!("'{}{dots}'", text.chars().take(SHOWN).collect::<String>().escape_debug())
 }
 
 /// What a file that is no checkpoint seems to be, from its first bytes.

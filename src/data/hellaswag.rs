@@ -9,6 +9,7 @@ use crate::config::GptConfig;
 use crate::data::paths::same_file;
 use crate::data::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use serde::Deserialize;
 use std::fs::{self, File};
 use std::io::{BufReader, Read};
@@ -264,7 +265,11 @@ pub fn read_json_lines(path: &Path, tokenizer: Tokenizer) -> Result<Vec<Question
         Err(error) if error.is_io() => Err(Error::io("read", path)(error.into())),
         Err(error) => Err(Error::file(
             path,
-            format!("record {} is none of HellaSwag's ({error}); each needs ctx, four endings and label", index + 1),
+            format!(
+                "record {} is none of HellaSwag's: {}; each needs ctx, four endings and label",
+                index + 1,
+                quoted(&error.to_string())
+            ),
         )),
     };
     records.enumerate().map(question).collect()

@@ -226,12 +226,12 @@ fn broken_questions_are_refused() {
         place.mistake("tokenize --hellaswag --input bad.jsonl --output x.bin --tokenizer bytes", part);
     };
     records("", "x.bin: would hold 0 questions");
-    records("{\"ctx\": \"a\"}", "bad.jsonl: record 1 is none of HellaSwag's (missing field `endings`");
+    records("{\"ctx\": \"a\"}", "bad.jsonl: record 1 is none of HellaSwag's: 'missing field `endings`");
     records("once upon", "bad.jsonl: record 1 is none of HellaSwag's");
     let endings = r#""ctx": "a", "endings": ["a", "b", "c", "d"]"#;
     records(
         r#"{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}"#,
-        "record 1 is none of HellaSwag's (invalid length 3",
+        "record 1 is none of HellaSwag's: 'invalid length 3",
     );
     records(&format!("{{{endings}, \"label\": 1}}\n{{{endings}, \"label\": 4}}"), "record 2 has no label from 0 to 3");
     records(&format!("{{{endings}, \"label\": \"\"}}"), "test split keeps them secret");
