@@ -38,6 +38,7 @@ pub mod data;
 pub mod error;
 pub mod every;
 pub mod generate;
+pub mod hellaswag;
 pub mod interrupt;
 pub mod memory;
 pub mod model;

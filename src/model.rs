@@ -226,11 +226,17 @@ impl<B: Backend> Model<B> {
         scale: f32,
         write: Write,
     ) -> Result<()> {
-        self.forward(acts, None)?;
-        let dims = self.head_dims(acts.dims.rows());
-        let wte = self.table.span(Param::Wte, 0);
-        self.backend.loss_forward(&mut acts.losses, &acts.lnf, &self.params, wte, &acts.targets, dims)?;
-        self.backend.loss_sum(total, &acts.losses, dims.rows, scale, write)
+        self.loss_forward(acts)?;
+        self.backend.loss_sum(total, &acts.losses, acts.dims.rows(), scale, write)
+    }
+
+    /// The loss of each of the uploaded batch's B*T rows.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn losses(&mut self, acts: &mut Activations<B>) -> Result<Vec<f32>> {
+        self.loss_forward(acts)?;
+        self.backend.download(&acts.losses, Span { offset: 0, len: acts.dims.rows() })
     }
 
     /// Forward and backward of the uploaded batch: the gradients of `scale * sum of losses` are set in, or added to,
@@ -289,6 +295,14 @@ impl<B: Backend> Model<B> {
         let wte = self.table.span(Param::Wte, 0);
         self.backend.head_logits(&mut logits, &acts.lnf, &self.params, wte, 0, dims)?;
         self.backend.download(&logits, Span { offset: 0, len })
+    }
+
+    /// From the uploaded batch to the losses of its rows.
+    fn loss_forward(&mut self, acts: &mut Activations<B>) -> Result<()> {
+        self.forward(acts, None)?;
+        let dims = self.head_dims(acts.dims.rows());
+        let wte = self.table.span(Param::Wte, 0);
+        self.backend.loss_forward(&mut acts.losses, &acts.lnf, &self.params, wte, &acts.targets, dims)
     }
 
     /// From tokens to the final LayerNorm, with attention over the batch alone or over a cache.

@@ -22,6 +22,13 @@ macro_rules! say {
     ($($arg:tt)*) => { $crate::output::write(format_args!("{}\n", format_args!($($arg)*))) };
 }
 
+/// Text from a file (or an error that may cite one), fit to be shown: cut short and without control characters.
+pub fn quoted(text: &str) -> String {
+    const SHOWN: usize = 60;
+    let dots = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
+    format!("'{}{dots}'", text.chars().take(SHOWN).collect::<String>().escape_debug())
+}
+
 /// A count with commas between the thousands.
 pub fn grouped(count: usize) -> String {
     let digits = count.to_string();
@@ -62,6 +69,13 @@ mod tests {
         assert_eq!([5.5, 0.25, 0.1, 0.0].map(loss), ["5.500000", "0.250000", "0.100000", "0.000000"]);
         assert_eq!([0.012345678, 0.000123456].map(loss), ["0.0123457", "0.000123456"]);
         assert_eq!(loss(f32::NAN), "NaN");
+    }
+
+    #[test]
+    fn text_from_files_is_cut_short() {
+        assert_eq!(quoted("a\n\u{1b}"), r"'a\n\u{1b}'");
+        assert_eq!(quoted(&"ä".repeat(60)), format!("'{}'", "ä".repeat(60)));
+        assert_eq!(quoted(&"ä".repeat(61)), format!("'{}...'", "ä".repeat(60)));
     }
 
     #[test]

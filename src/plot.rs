@@ -5,6 +5,7 @@
 
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use resvg::{tiny_skia, usvg};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -95,7 +96,7 @@ fn malformed(file: &Path, line: usize, error: &serde_json::Error) -> Error {
     let what = what.split(" at line").next().unwrap_or_default();
     Error::file(
         file,
-        format!("line {line} is no metrics record: {what}; name a file that training wrote with --metrics"),
+        format!("line {line} is no metrics record: {}; name a file that training wrote with --metrics", quoted(what)),
     )
 }
 
@@ -446,7 +447,7 @@ mod tests {
     #[test]
     fn a_malformed_line_is_named() {
         let error = read(b"{\"step\":0,\"val_loss\":5.5}\n\nnonsense\n").unwrap_err().to_string();
-        assert!(error.contains("run.jsonl: line 3 is no metrics record: expected ident;"), "{error}");
+        assert!(error.contains("run.jsonl: line 3 is no metrics record: 'expected ident';"), "{error}");
         assert!(read(b"{\"val_loss\":5.5}").unwrap_err().to_string().contains("missing field `step`"));
         assert!(read(b"").unwrap_err().to_string().contains("holds no losses"));
     }

@@ -157,6 +157,17 @@ fn llmc_files_hold_the_dense_matrices() {
 }
 
 #[test]
+fn llmc_files_come_back_byte_by_byte() {
+    let folder = tempfile::tempdir().unwrap();
+    for format in [Format::Llmc, Format::LlmcBf16] {
+        let first = saved(folder.path(), &sample(DENSE), format);
+        let again = folder.path().join("again.bin");
+        save(&again, &load(&first).unwrap(), format).unwrap();
+        assert!(fs::read(first).unwrap() == fs::read(again).unwrap(), "{format}");
+    }
+}
+
+#[test]
 fn an_llmc_file_has_its_published_bytes() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = sample(DENSE);

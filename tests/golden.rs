@@ -96,6 +96,17 @@ impl Golden {
         view.data().chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
     }
 
+    /// The losses of the first batch's rows, from the reference's logits.
+    fn row_losses(&self) -> Vec<f32> {
+        let logits = self.logits();
+        let rows = logits.chunks(self.config.vocab_size).zip(self.batch(0).1);
+        let loss = |(logits, &target): (&[f32], &u32)| {
+            let sum: f64 = logits.iter().map(|&logit| f64::from(logit).exp()).sum();
+            (sum.ln() - f64::from(logits[target as usize])) as f32
+        };
+        rows.map(loss).collect()
+    }
+
     fn rows(&self) -> usize {
         self.batch * self.config.max_seq_len
     }
@@ -124,6 +135,12 @@ pub fn check<B: Backend>(backend: B, name: &str, unit: f64) {
     let logits = model.logits(&mut acts, golden.batch(0).0).unwrap();
     let worst = tolerance::compare(&logits, &golden.logits(), Tolerance::of_forward(unit, &config, t));
     assert!(worst.ratio() <= 1.0, "{name} logits, {worst}");
+
+    let (inputs, targets) = golden.batch(0);
+    model.upload_batch(&mut acts, inputs, targets).unwrap();
+    let losses = model.losses(&mut acts).unwrap();
+    let worst = tolerance::compare(&losses, &golden.row_losses(), Tolerance::of_forward(unit, &config, t));
+    assert!(worst.ratio() <= 1.0, "{name} losses of rows, {worst}");
 
     let mut optimizer = Optimizer::new(&mut model).unwrap();
     for step in 0..golden.steps {

@@ -6,8 +6,9 @@
 
 use crate::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::values::{self, Encoding};
-use crate::checkpoint::{file_len, open, quoted};
+use crate::checkpoint::{file_len, open};
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use ::safetensors::Dtype;
 use ::safetensors::tensor::{Metadata, TensorInfo};
 use std::borrow::Cow;

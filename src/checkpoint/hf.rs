@@ -1,4 +1,4 @@
-//! Hugging Face's GPT-2: a folder with `config.json` and `model.safetensors`, dense.
+//! Hugging Face's GPT-2: a folder with `config.json` and `model.safetensors`, dense, and when written the tokenizer's files.
 //!
 //! The projections `c_attn`, `c_proj` and `c_fc` are Conv1D there, [inputs, outputs]: the transpose of ours. The token
 //! embedding has no padded rows, and the head is tied to it. Source of the names and fields: transformers,
@@ -6,9 +6,10 @@
 
 use crate::atomic::{AtomicFile, SealedFile};
 use crate::checkpoint::container::{self, Container, Entry};
-use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, open, quoted};
-use crate::config::{GPT2_VOCAB, GptConfig, padded_vocab};
+use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, hf_tokenizer, open};
+use crate::config::{GptConfig, padded_vocab};
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use crate::shapes::{Param, ParamTable, Tensor};
 use crate::weights::Weights;
 use rayon::prelude::*;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 const MODEL_FILE: &str = "model.safetensors";
 const CONFIG_FILE: &str = "config.json";
+const GENERATION_FILE: &str = "generation_config.json";
 /// What transformers puts before every name but the head's.
 const PREFIX: &str = "transformer.";
 /// The head's weight, which must equal the token embedding.
@@ -77,7 +79,8 @@ fn prefix(container: &Container) -> Option<&'static str> {
     [PREFIX, ""].into_iter().find(|prefix| container.shape(&format!("{prefix}wte.weight")).is_some())
 }
 
-/// Writes the folder `path`, made when it is missing; both files are complete before either gets its name.
+/// Writes the folder `path`, made when it is missing; all files are complete before any gets its name. The tokenizer's are
+/// among them when the checkpoint has one.
 ///
 /// # Errors
 /// [`Error::File`] when `path` is a file, [`Error::Io`]; then nothing new is left.
@@ -96,10 +99,19 @@ pub fn write(path: &Path, checkpoint: &Checkpoint) -> Result<()> {
 }
 
 fn write_files(folder: &Path, checkpoint: &Checkpoint) -> Result<()> {
-    let config = write_config(&folder.join(CONFIG_FILE), checkpoint)?;
-    let model = write_model(&folder.join(MODEL_FILE), checkpoint)?;
-    config.publish()?;
-    model.publish()
+    let (config, tokenizer) = (checkpoint.weights.config(), checkpoint.tokenizer());
+    // A model without a tokenizer ends its texts, if at all, with its last token, as the known ones do.
+    let end_of_text = tokenizer.map_or(config.vocab_size - 1, |tokenizer| tokenizer.end_of_text().into());
+    let mut texts =
+        vec![(CONFIG_FILE, config_json(config, end_of_text)), (GENERATION_FILE, generation_json(end_of_text))];
+    texts.extend(tokenizer.into_iter().flat_map(|tokenizer| hf_tokenizer::files(tokenizer, config.max_seq_len)));
+    let mut sealed = vec![write_model(&folder.join(MODEL_FILE), checkpoint)?];
+    for (name, text) in texts {
+        let mut file = AtomicFile::create(&folder.join(name))?;
+        file.append(text.as_bytes())?;
+        sealed.push(file.seal()?);
+    }
+    sealed.into_iter().try_for_each(SealedFile::publish)
 }
 
 fn write_model(path: &Path, checkpoint: &Checkpoint) -> Result<SealedFile> {
@@ -131,13 +143,7 @@ fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     result
 }
 
-fn write_config(path: &Path, checkpoint: &Checkpoint) -> Result<SealedFile> {
-    let config = checkpoint.weights.config();
-    // End-of-text is the last token of both tokenizers; a vocabulary may have room beyond GPT-2's.
-    let end_of_text = match checkpoint.meta.tokenizer.as_deref() {
-        Some("gpt2") => config.vocab_size.min(GPT2_VOCAB) - 1,
-        _ => config.vocab_size - 1,
-    };
+fn config_json(config: &GptConfig, end_of_text: usize) -> String {
     let fields = serde_json::json!({
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
@@ -158,9 +164,14 @@ fn write_config(path: &Path, checkpoint: &Checkpoint) -> Result<SealedFile> {
         "torch_dtype": "float32",
         "vocab_size": config.vocab_size,
     });
-    let mut file = AtomicFile::create(path)?;
-    file.append(format!("{fields:#}\n").as_bytes())?;
-    file.seal()
+    format!("{fields:#}\n")
+}
+
+fn generation_json(end_of_text: usize) -> String {
+    let fields = serde_json::json!({
+        "_from_model_config": true, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+    });
+    format!("{fields:#}\n")
 }
 
 /// Reads a folder, or a bare model file with `config.json` beside it. Padded vocabulary rows are added.

@@ -6,6 +6,7 @@
 
 mod container;
 mod hf;
+mod hf_tokenizer;
 mod llmc;
 mod safetensors;
 mod series;
@@ -14,8 +15,10 @@ mod values;
 pub use series::{Keep, Series};
 pub use values::Encoding;
 
-use crate::config::{BYTES_VOCAB, GPT2_VOCAB, GptConfig};
+use crate::config::GptConfig;
+use crate::data::Tokenizer;
 use crate::error::{Error, Result};
+use crate::output::quoted;
 use crate::shapes::{Param, Tensor};
 use crate::weights::Weights;
 use container::Container;
@@ -29,9 +32,6 @@ use std::path::Path;
 /// The outcome of a check whose sentence still lacks the name of the file.
 type Checked<T> = std::result::Result<T, String>;
 
-/// The tokenizers a checkpoint can name, with their vocabularies.
-const TOKENIZERS: [(&str, usize); 2] = [("gpt2", GPT2_VOCAB), ("bytes", BYTES_VOCAB)];
-
 /// A model with what is known about it.
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
@@ -39,6 +39,14 @@ pub struct Checkpoint {
     pub weights: Weights,
     /// What stands beside them.
     pub meta: Meta,
+}
+
+impl Checkpoint {
+    /// The tokenizer it names, where the model knows every token of it.
+    pub fn tokenizer(&self) -> Option<Tokenizer> {
+        let named = Tokenizer::from_name(self.meta.tokenizer.as_deref()?).ok()?;
+        (named.vocab_size() <= self.weights.config().vocab_size).then_some(named)
+    }
 }
 
 /// AdamW's moments, laid out as the weights are.
@@ -66,8 +74,8 @@ pub struct Meta {
 impl Meta {
     /// What can be known from the model's sizes alone: the tokenizer, by its vocabulary.
     pub fn of_config(config: &GptConfig) -> Self {
-        let fitting = TOKENIZERS.iter().find(|(_, vocab_size)| *vocab_size == config.vocab_size);
-        Self { tokenizer: fitting.map(|(name, _)| name.to_string()), ..Self::default() }
+        let fitting = Tokenizer::for_vocab_size(config.vocab_size).ok();
+        Self { tokenizer: fitting.map(|tokenizer| tokenizer.name().to_string()), ..Self::default() }
     }
 
     /// Reads `tokenizer` and `step` out of a safetensors file's metadata; keys that are missing are guessed.
@@ -92,9 +100,9 @@ impl Meta {
 }
 
 fn check_tokenizer(name: &str) -> Checked<()> {
-    match TOKENIZERS.iter().any(|(known, _)| *known == name) {
-        true => Ok(()),
-        false => Err(format!("its metadata names the tokenizer {}, but only gpt2 and bytes are known", quoted(name))),
+    match Tokenizer::from_name(name) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(format!("its metadata names the tokenizer {}, but only gpt2 and bytes are known", quoted(name))),
     }
 }
 
@@ -301,13 +309,6 @@ fn first_bytes(path: &Path) -> Result<Vec<u8>> {
 
 fn first_word(start: &[u8]) -> Option<i32> {
     start.first_chunk().map(|bytes| i32::from_le_bytes(*bytes))
-}
-
-/// Text from a file, fit to be shown: cut short and without control characters.
-fn quoted(text: &str) -> String {
-    const SHOWN: usize = 60;
-    let dots = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
-    format!("'{}{dots}'", text.chars().take(SHOWN).collect::<String>().escape_debug())
 }
 
 /// What a file that is no checkpoint seems to be, from its first bytes.

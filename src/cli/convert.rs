@@ -1,6 +1,7 @@
-//! `bandtrain convert`: from one checkpoint format to another.
+//! `bandtrain convert`: from one checkpoint format to another, and from dense to banded.
 
-use crate::checkpoint::{self, Format};
+use super::parse;
+use crate::checkpoint::{self, Checkpoint, Format};
 use crate::error::Result;
 use crate::output::grouped;
 use crate::say;
@@ -9,9 +10,11 @@ use std::path::PathBuf;
 /// Converts a model between file formats
 ///
 /// Reads llm.c models (fp32 and bf16), native safetensors and Hugging Face GPT-2 files or folders; which one it is given
-/// it finds out by itself. Formats that know no band receive dense matrices with zeros outside it.
+/// it finds out by itself. Formats that know no band receive dense matrices with zeros outside it. A bandwidth bands the model
+/// on the way, and says how much of its weights that cut.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  bandtrain convert --input model.safetensors --output model-hf --to hf")]
+#[command(after_help = "Examples:\n  bandtrain convert --input model.safetensors --output model-hf --to hf\n  \
+                        bandtrain convert --input gpt2-hf --output gpt2.safetensors --to safetensors -w 1536")]
 pub struct ConvertArgs {
     /// Model to read
     #[arg(long, short, value_name = "PATH")]
@@ -22,6 +25,12 @@ pub struct ConvertArgs {
     /// llmc (fp32), llmc-bf16, safetensors (native) or hf (a folder for Hugging Face transformers)
     #[arg(long, value_name = "FORMAT")]
     to: String,
+    /// New bandwidth of FC1, 0 is dense [default: as it is]
+    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    fc1_bandwidth: Option<usize>,
+    /// New bandwidth of FC2, 0 is dense [default: as it is]
+    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
+    fc2_bandwidth: Option<usize>,
 }
 
 /// Runs the command.
@@ -30,9 +39,32 @@ pub struct ConvertArgs {
 /// An unknown format; a model that cannot be read; an output that cannot be written.
 pub fn run(args: ConvertArgs) -> Result<()> {
     let format = Format::from_name(&args.to)?;
-    let checkpoint = checkpoint::load(&args.input)?;
+    let (checkpoint, notes) = banded(checkpoint::load(&args.input)?, &args)?;
     checkpoint::save(&args.output, &checkpoint, format)?;
     let config = checkpoint.weights.config();
     let count = grouped(checkpoint.weights.table().count(config));
-    say!("{}: {count} parameters as {format}", args.output.display())
+    say!("{}: {count} parameters as {format}", args.output.display())?;
+    if format == Format::Hf && checkpoint.tokenizer().is_none() {
+        let vocab = config.vocab_size;
+        say!(
+            "note: without a tokenizer, since none is known that fits the model's {vocab} tokens; put its files there"
+        )?;
+    }
+    notes.iter().try_for_each(|note| say!("{note}"))
+}
+
+/// The model with the bandwidths asked for, and what that cut.
+fn banded(checkpoint: Checkpoint, args: &ConvertArgs) -> Result<(Checkpoint, Vec<String>)> {
+    let (fc1, fc2) = (args.fc1_bandwidth, args.fc2_bandwidth);
+    if (fc1, fc2) == (None, None) {
+        return Ok((checkpoint, Vec::new()));
+    }
+    let Checkpoint { weights, meta } = checkpoint;
+    let config = weights.config();
+    let (weights, cut) = weights.rebanded(fc1.unwrap_or(config.fc1_bandwidth), fc2.unwrap_or(config.fc2_bandwidth))?;
+    let banded =
+        [("FC1", fc1, cut[0]), ("FC2", fc2, cut[1])].into_iter().filter(|(_, asked, _)| asked.is_some_and(|n| n > 0));
+    let notes =
+        banded.map(|(layer, _, cut)| format!("banding {layer} cut {:.2} % of its weights' squared norm", 100.0 * cut));
+    Ok((Checkpoint { weights, meta }, notes.collect()))
 }

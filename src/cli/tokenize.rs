@@ -2,7 +2,7 @@
 
 use super::parse;
 use crate::data::tokenize::{Summary, TokenizeOptions, ValidationSplit, tokenize};
-use crate::data::{Tokenizer, text_files};
+use crate::data::{Tokenizer, hellaswag, text_files};
 use crate::error::{Error, Result};
 use crate::output::{bytes, grouped};
 use crate::say;
@@ -14,6 +14,7 @@ use std::time::Instant;
 ///
 /// Text files hold documents separated by lines '<|endoftext|>'; .json files an array, .jsonl files lines, of texts or of
 /// objects with 'story' or 'text'. Each document becomes an end-of-text token and its own tokens, in llm.c's file format.
+/// With --hellaswag, HellaSwag's own files (hellaswag_val.jsonl) become questions for 'bandtrain eval --hellaswag'.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  bandtrain tokenize --input stories/*.txt --output train.bin --val-output val.bin")]
 pub struct TokenizeArgs {
@@ -39,6 +40,9 @@ pub struct TokenizeArgs {
     /// GPT-2's BPE, or a token for each byte
     #[arg(long, value_enum, default_value = "gpt2", value_name = "NAME")]
     tokenizer: Tokenizer,
+    /// The input is HellaSwag's, the output its questions in llm.c's format
+    #[arg(long, conflicts_with_all = ["val_output", "shard_tokens"])]
+    hellaswag: bool,
     /// No progress, no summary
     #[arg(long)]
     quiet: bool,
@@ -49,6 +53,10 @@ pub struct TokenizeArgs {
 /// # Errors
 /// Text that cannot be read, outputs that cannot be written.
 pub fn run(args: TokenizeArgs) -> Result<()> {
+    if args.hellaswag {
+        let count = hellaswag::convert(&text_files(&args.input)?, &args.output, args.tokenizer)?;
+        return if args.quiet { Ok(()) } else { say!("{}: {} questions", args.output.display(), grouped(count)) };
+    }
     let (fraction, seed) = (args.val_fraction, args.seed);
     let options = TokenizeOptions {
         inputs: text_files(&args.input)?,

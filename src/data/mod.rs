@@ -1,4 +1,5 @@
-//! From text to batches: tokenizers, token files, the loader, TinyStories and the built-in toy corpus.
+//! From text to batches: tokenizers, token files, the loader, TinyStories, the built-in toy corpus, and HellaSwag's questions.
+pub mod hellaswag;
 pub mod loader;
 mod paths;
 pub mod shard;

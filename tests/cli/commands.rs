@@ -69,6 +69,8 @@ fn eval_measures_what_training_validated() {
     let last = eval("m.safetensors");
     assert_eq!(last["loss"].as_f64().unwrap() as f32, val_losses[2]);
     assert_eq!((last["batches"].as_u64(), last["tokens"].as_u64()), (Some(3), Some(48)));
+    let of_loss = f64::from(val_losses[2]).exp();
+    assert!((last["perplexity"].as_f64().unwrap() / of_loss - 1.0).abs() < 1e-12, "{last}");
     // Without -m all batches there are, and the loss of fresh weights is that of a guess.
     let all = json(&place, "eval -e tiny.bin -j val.bin -b 2 --json");
     assert_eq!(all["batches"], 6);
@@ -204,4 +206,94 @@ fn models_of_any_shape_are_understood() {
     );
     place.ok("-e odd.safetensors -i train.bin -j val.bin -n 2 -b 1 -t 5 -v 1 -m 1 -s 1 -g 3 -c m.bin");
     place.ok("generate -e m.bin -n 3");
+}
+
+#[test]
+fn converting_to_hugging_face_brings_the_tokenizer_that_fits() {
+    let place = Place::with_model_and_data();
+    let stdout = place.ok("convert --input tiny.bin --output hf --to hf");
+    assert!(stdout.contains("parameters as hf") && !stdout.contains("note"), "{stdout}");
+    assert!(place.read("hf/tokenizer_config.json").contains("\"model_max_length\": 16"));
+    assert_eq!(place.read("hf/merges.txt"), "#version: 0.2\n");
+    place.save_model("odd.bin", GptConfig { vocab_size: 300, padded_vocab_size: 320, ..TINY }, Meta::default());
+    let stdout = place.ok("convert --input odd.bin --output odd --to hf");
+    assert!(
+        stdout.contains("note: without a tokenizer, since none is known that fits the model's 300 tokens"),
+        "{stdout}"
+    );
+    assert!(!place.path("odd/tokenizer.json").exists() && place.path("odd/generation_config.json").exists());
+}
+
+#[test]
+fn converting_can_band_and_says_what_that_cuts() {
+    let place = Place::with_model_and_data();
+    let stdout = place.ok("convert --input tiny.bin --output banded.safetensors --to safetensors -w 32 -2 16");
+    assert!(stdout.contains("banding FC1 cut ") && stdout.contains("banding FC2 cut "), "{stdout}");
+    // Back to dense and once more into the same band nothing is left to cut.
+    for (bits, format) in [("32", "llmc"), ("16", "llmc-bf16")] {
+        let stdout = place.ok(&format!("convert --input banded.safetensors --output {bits}.bin --to {format}"));
+        assert!(!stdout.contains("cut"), "{stdout}");
+        let again = format!("convert --input {bits}.bin --output {bits}.safetensors --to safetensors -w 32 -2 16");
+        let stdout = place.ok(&again);
+        assert!(stdout.contains("banding FC1 cut 0.00 %") && stdout.contains("banding FC2 cut 0.00 %"), "{stdout}");
+    }
+    assert!(place.bytes("32.safetensors") == place.bytes("banded.safetensors"));
+    let weights = |name: &str| load(&place.path(name)).unwrap().weights;
+    for (exact, rounded) in weights("banded.safetensors").values().iter().zip(weights("16.safetensors").values()) {
+        assert!((exact - rounded).abs() <= exact.abs() / 256.0, "{exact} {rounded}");
+    }
+    // One of the two alone; 0 is dense; what training says of the same cut.
+    let said = place.ok("convert --input tiny.bin --output fc2.safetensors --to safetensors -2 16");
+    assert!(!said.contains("FC1") && said.contains("banding FC2 cut"), "{said}");
+    let trained = place.ok("-e tiny.bin -i train.bin -b 2 -n 1 -v 0 -s 0 -w 32 -2 16 -c trained.safetensors");
+    let cut = stdout_line(&stdout, "banding FC1");
+    assert!(trained.contains(cut), "{trained} should say: {cut}");
+    let dense = place.ok("convert --input banded.safetensors --output dense.safetensors --to safetensors -w 0 -2 0");
+    assert!(!dense.contains("cut"), "{dense}");
+    assert_eq!(weights("dense.safetensors").config().fc1_bandwidth, 0);
+}
+
+/// The line of an output that begins like this.
+fn stdout_line<'a>(stdout: &'a str, start: &str) -> &'a str {
+    stdout.lines().find(|line| line.starts_with(start)).unwrap()
+}
+
+#[test]
+fn hellaswags_lines_become_questions_to_score() {
+    let place = Place::new();
+    place.write("val.jsonl", include_bytes!("../fixtures/hellaswag.jsonl"));
+    assert_eq!(place.ok("tokenize --hellaswag --input val.jsonl --output gpt2.bin"), "gpt2.bin: 3 questions\n");
+    assert_eq!(place.ok("tokenize --hellaswag --input val.jsonl --output b.bin --tokenizer bytes --quiet"), "");
+    let words: Vec<u16> = bytemuck::pod_collect_to_vec(&place.bytes("gpt2.bin")[1024..]);
+    // The beginning of the second question: "The kettle boils." as GPT-2 reads it, 'He' behind a space.
+    let second = usize::from(words[1]) / 2;
+    let [context, ending] = ["The kettle boils.", " He eats the kettle."].map(|text| Tokenizer::Gpt2.encode(text));
+    assert_eq!(words[second + 2..][..4], [1, 2, 4, context.len() as u16]);
+    assert_eq!(words[second + 6..][..context.len()], context);
+    assert_eq!(words[second + 7 + context.len()..][..ending.len()], ending);
+
+    place.save_model("m.bin", GptConfig { max_seq_len: 128, ..TINY }, Meta::default());
+    let score = json(&place, "eval -e m.bin --hellaswag b.bin --json");
+    let (correct, questions) = (score["correct"].as_u64().unwrap(), score["questions"].as_u64().unwrap());
+    assert_eq!((questions, score["accuracy"].as_f64().unwrap()), (3, correct as f64 / 3.0));
+    assert_eq!(json(&place, "eval -e m.bin --hellaswag b.bin --json -b 16"), score);
+    assert_eq!(json(&place, "eval -e m.bin --hellaswag b.bin --json -m 2")["questions"], 2);
+    let line = place.ok("eval -e m.bin --hellaswag b.bin");
+    assert!(line.starts_with("accuracy ") && line.contains(" of 3 questions, by mean loss"), "{line}");
+}
+
+#[test]
+fn a_model_answers_what_it_was_taught() {
+    let place = Place::with_model_and_data();
+    place.ok("-e tiny.bin -i train.bin -b 4 -n 150 -l 0.01 -v 0 -s 0 -c m.safetensors");
+    let question = |label: usize, context: &str, right: &str| {
+        let mut endings = ["zz", "qq", "xvx", "kj"];
+        endings[label] = right;
+        serde_json::json!({ "ctx": context, "endings": endings, "label": label }).to_string()
+    };
+    let lines = [question(0, "One day a cat", "sat"), question(3, "on a mat", "and"), question(2, "and saw", "a rat.")];
+    place.write("q.jsonl", lines.join("\n"));
+    place.ok("tokenize --hellaswag --input q.jsonl --output q.bin --tokenizer bytes");
+    let score = json(&place, "eval -e m.safetensors --hellaswag q.bin --json");
+    assert_eq!((score["accuracy"].as_f64(), score["correct"].as_u64()), (Some(1.0), Some(3)), "{score}");
 }

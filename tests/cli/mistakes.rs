@@ -27,6 +27,17 @@ fn unknown_words_get_a_suggestion() {
     place.mistake("-n 1 -n 2", "'--steps <N>' cannot be used multiple times");
     place.mistake("-w 9 -1 8", "'--fc1-bandwidth <N>' cannot be used multiple times");
     place.mistake("--preset toy -e model.bin", "cannot be used with");
+    place.mistake("eval -e model.bin", "were not provided: <--val-data <FILES>|--hellaswag <FILE>>");
+    place.mistake("eval -e model.bin -j a.bin --hellaswag b.bin", "cannot be used with");
+    place.mistake("eval -e model.bin --hellaswag b.bin -t 8", "cannot be used with '--seq-len <N>'");
+    place.mistake(
+        "tokenize --hellaswag --input a --output b --val-output c",
+        "cannot be used with '--val-output <FILE>'",
+    );
+    place.mistake(
+        "tokenize --hellaswag --input a --output b --shard-tokens 9",
+        "cannot be used with '--shard-tokens <N>'",
+    );
 }
 
 #[test]
@@ -46,6 +57,12 @@ fn bandwidths_are_whole_numbers() {
         place.mistake(&format!("{flag}99999999999"), "it must be at most 2147483648");
     }
     place.mistake("band -w -5", "it must not be negative");
+    place.mistake(
+        "convert --input a --output b --to hf -w -5",
+        "a bandwidth counts connections: it must not be negative",
+    );
+    place
+        .mistake("convert --input a --output b --to hf -2 wide", "it must be a whole number, digits only (0 is dense)");
     place.mistake("band -w 0", "bandwidth 0 means a dense layer");
     place.mistake("band -w 8 -C 2147483648", "a band needs 1 <= N <= W <= 1048576");
     place.mistake("band -w 8 -C 10 --wide 5", "N (narrow) is 10 and W (wide) is 5");
@@ -68,6 +85,11 @@ fn zero_and_absurd_sizes_are_refused() {
     place.mistake("-b 2147483648 -t 1", "takes B*T+1 = 2147483649; choose a smaller --batch-size");
     place.mistake("-t 129", "a sequence of 129 tokens is longer than the 128 positions of this model; choose -t 128");
     place.mistake("info -t 513", "longer than the 512 positions");
+    let place = Place::with_model_and_data();
+    for batch in ["1", "6"] {
+        let part = "sequences holds no whole number of HellaSwag's questions, four each; choose -b 4";
+        place.mistake(&format!("eval -e tiny.bin --hellaswag q.bin -b {batch}"), part);
+    }
     place.mistake("bench step -t 129", "longer than the 128 positions");
     place.mistake("--seed 4294967296", "it must be a whole number from 0 to 4294967295");
 }

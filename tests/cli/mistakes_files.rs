@@ -192,3 +192,61 @@ fn a_full_standard_output_is_a_sentence() {
     let full = fs::File::options().write(true).open("/dev/full").unwrap();
     place.refuse(place.command("band -w 8 -C 8").stdout(full), "cannot write to standard output");
 }
+
+#[test]
+fn broken_questions_are_refused() {
+    let place = Place::with_model_and_data();
+    place.write("q.jsonl", r#"{"ctx": "cat", "endings": ["a", "b", "c", "d"], "label": 3}"#);
+    place.ok("tokenize --hellaswag --input q.jsonl --output q.bin --tokenizer bytes");
+    place.ok("tokenize --hellaswag --input q.jsonl --output gpt2.bin");
+    let good = place.bytes("q.bin");
+    let with = |at: usize, bytes: &[u8]| {
+        let mut broken = good.clone();
+        broken[at..at + bytes.len()].copy_from_slice(bytes);
+        broken
+    };
+    for (bytes, part) in [
+        (vec![], "bad.bin: has 0 bytes, fewer than the 1024"),
+        (good[..good.len() - 2].to_vec(), "bad.bin: question 0 is cut short"),
+        ([&good[..], b"!!"].concat(), "has 2 bytes behind the 1 questions that it counts"),
+        (with(8, &i32::MAX.to_le_bytes()), "counts 2147483647 questions"),
+        (with(1024, b"xx"), "question 0 does not begin as one"),
+        (place.bytes("train.bin"), "is a file of tokens, not of HellaSwag's questions; evaluate on it with -j"),
+        (place.bytes("tiny.bin"), "starts with 20240326, but HellaSwag files start with 20240522"),
+        (place.bytes("gpt2.bin"), "of question 0 is outside the model's vocabulary of 257 tokens"),
+    ] {
+        place.write("bad.bin", bytes);
+        place.mistake("eval -e tiny.bin --hellaswag bad.bin", part);
+    }
+    place.mistake("eval -e tiny.bin --hellaswag no.bin", "cannot open no.bin");
+    place.mistake("eval -e tiny.bin --hellaswag .", "is not a regular file; name a HellaSwag file");
+    place.mistake("eval -e tiny.bin -j q.bin", "it is an llm.c multiple-choice evaluation file");
+    let records = |text: &str, part: &str| {
+        place.write("bad.jsonl", text);
+        place.mistake("tokenize --hellaswag --input bad.jsonl --output x.bin --tokenizer bytes", part);
+    };
+    records("", "x.bin: would hold 0 questions");
+    records("{\"ctx\": \"a\"}", "bad.jsonl: record 1 is none of HellaSwag's: 'missing field `endings`");
+    records("once upon", "bad.jsonl: record 1 is none of HellaSwag's");
+    let endings = r#""ctx": "a", "endings": ["a", "b", "c", "d"]"#;
+    records(
+        r#"{"ctx": "a", "endings": ["a", "b", "c"], "label": 0}"#,
+        "record 1 is none of HellaSwag's: 'invalid length 3",
+    );
+    records(&format!("{{{endings}, \"label\": 1}}\n{{{endings}, \"label\": 4}}"), "record 2 has no label from 0 to 3");
+    records(&format!("{{{endings}, \"label\": \"\"}}"), "test split keeps them secret");
+    records(&format!("{{{endings}, \"label\": 1, \"ctx\": \"b\"}}"), "duplicate field `ctx`");
+    records(r#"{"ctx": "", "endings": ["a", "b", "c", "d"], "label": 0}"#, "record 1 has an empty ctx");
+    let long =
+        |len: usize| format!(r#"{{"ctx": "{}", "endings": ["a", "b", "c", "d"], "label": 0}}"#, "a ".repeat(len));
+    records(&long(1 << 20), "record 1 is longer than any question can be");
+    records(&long(20_000), "x.bin: was not written: question 0 takes more than the 65534 bytes of the format");
+    place.write("long.jsonl", long(8));
+    place.ok("tokenize --hellaswag --input long.jsonl --output long.bin --tokenizer bytes");
+    place.mistake("eval -e tiny.bin --hellaswag long.bin", "question 0 takes 17 positions, but the model has 16");
+    place.mistake(
+        "tokenize --hellaswag --input q.jsonl --output q.jsonl",
+        "q.jsonl: is an input and would be overwritten",
+    );
+    place.mistake("tokenize --hellaswag --input q.jsonl --output no/q.bin", "cannot create no/q.bin");
+}
