@@ -1,5 +1,6 @@
-//! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has, and becomes
-//! SPIR-V, MSL and HLSL; where `tint`, Chrome's compiler, is installed, it accepts every one too.
+//! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has (the path that
+//! is taken where there are subgroups: with these), and becomes SPIR-V, MSL and HLSL; where `tint`, Chrome's compiler, is
+//! installed, it accepts every one too.
 
 mod skip;
 
@@ -18,11 +19,17 @@ fn all_instantiations() -> HashSet<Kernel> {
     WORKGROUP_SIZES.into_iter().flat_map(instantiations).collect()
 }
 
+/// Whether a kernel is for adapters with subgroups only.
+fn has_subgroups(source: &str) -> bool {
+    source.contains("@builtin(subgroup_id)")
+}
+
 fn parse(kernel: &Kernel) -> (naga::Module, ModuleInfo) {
     let source = kernel.source().unwrap();
     let module = naga::front::wgsl::parse_str(&source)
         .unwrap_or_else(|error| panic!("{}: {}", kernel.name(), error.emit_to_string(&source)));
-    let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
+    let capabilities = if has_subgroups(&source) { Capabilities::SUBGROUP } else { Capabilities::empty() };
+    let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|error| panic!("{}: {}", kernel.name(), error.emit_to_string(&source)));
     (module, info)

@@ -61,11 +61,15 @@ pub struct AdapterInfo {
     pub limits: Vec<(&'static str, u64)>,
     /// The features it has, by wgpu's names.
     pub features: Vec<String>,
+    /// How many invocations a subgroup has, if kernels may know of it and it is always as many.
+    pub subgroup: Option<usize>,
 }
 
 impl AdapterInfo {
     fn new(index: usize, adapter: &wgpu::Adapter) -> Self {
         let (info, limits) = (adapter.get_info(), adapter.limits());
+        let sizes = [info.subgroup_min_size, info.subgroup_max_size];
+        let certain = adapter.features().contains(wgpu::Features::SUBGROUP) && sizes[0] == sizes[1];
         Self {
             index,
             name: info.name,
@@ -81,6 +85,7 @@ impl AdapterInfo {
                 ("maxComputeWorkgroupsPerDimension", u64::from(limits.max_compute_workgroups_per_dimension)),
             ],
             features: adapter.features().iter_names().map(|(name, _)| name.to_string()).collect(),
+            subgroup: certain.then_some(sizes[0] as usize),
         }
     }
 
@@ -132,7 +137,8 @@ impl Faults {
 }
 
 /// What is made use of where an adapter has it.
-const USEFUL_FEATURES: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::PIPELINE_CACHE);
+const USEFUL_FEATURES: wgpu::Features =
+    wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::PIPELINE_CACHE).union(wgpu::Features::SUBGROUP);
 
 /// An open device.
 pub(super) struct Gpu {
@@ -248,7 +254,16 @@ mod tests {
 
     fn info(index: usize, name: &str, kind: AdapterKind) -> AdapterInfo {
         let (backend, driver) = ("Vulkan".to_string(), String::new());
-        AdapterInfo { index, name: name.to_string(), kind, backend, driver, limits: Vec::new(), features: Vec::new() }
+        AdapterInfo {
+            index,
+            name: name.to_string(),
+            kind,
+            backend,
+            driver,
+            limits: Vec::new(),
+            features: Vec::new(),
+            subgroup: None,
+        }
     }
 
     #[test]

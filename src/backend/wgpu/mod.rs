@@ -67,9 +67,14 @@ pub struct Wgpu {
 /// Every kernel instantiation that the presets' shapes, and shapes that fit no tile, can lead to on adapters with this much
 /// workgroup memory, in bytes; those of [`WORKGROUP_SIZES`] are all there are.
 pub fn instantiations(workgroup_bytes: usize) -> Vec<Kernel> {
-    let mut all = vec![embed::kernels(), layernorm::kernels(), loss::kernels(), adamw::kernels(), reduce::kernels()];
+    let mut all = vec![embed::kernels(), loss::kernels(), adamw::kernels(), reduce::kernels()];
     for tuning in TUNINGS.map(|tuning| tuning.within(workgroup_bytes)) {
-        all.extend([linear::kernels(&tuning), band::kernels(&tuning), attention::kernels(&tuning)]);
+        all.extend([
+            layernorm::kernels(&tuning),
+            linear::kernels(&tuning),
+            band::kernels(&tuning),
+            attention::kernels(&tuning),
+        ]);
     }
     let mut seen = HashSet::new();
     all.into_iter().flatten().filter(|kernel| seen.insert(kernel.clone())).collect()
@@ -84,7 +89,7 @@ impl Wgpu {
         let gpu = device::open(options)?;
         let graveyard = Graveyard::default();
         let workgroup_bytes = gpu.limits.max_compute_workgroup_storage_size as usize;
-        let tuning = options.tuning.unwrap_or(Tuning::of(gpu.info.kind)).within(workgroup_bytes);
+        let tuning = options.tuning.unwrap_or(Tuning::suiting(&gpu.info)).within(workgroup_bytes);
         let tuning = tuning.with(options.tuning_changes.as_deref().unwrap_or(""))?;
         let recorder = Recorder::new(&gpu, tuning.slow_flops, graveyard.clone());
         let kept = KeptPipelines::open(&gpu, options.cache_folder.as_ref());

@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex};
 
 /// Bytes of one dispatch's parameters: what a dynamic offset has to be a multiple of.
 const PARAMETER_BYTES: usize = 256;
-/// Dispatches recorded at most before they are submitted.
-const MAX_DISPATCHES: usize = 4096;
+/// Dispatches recorded at most before they are submitted: few, so that the device begins while the rest of a step is
+/// recorded, and enough for what a submission takes to be little beside them.
+const MAX_DISPATCHES: usize = 64;
 /// How long a dispatch, and a submission, may take on a slow adapter, in seconds.
 const DISPATCH_SECONDS: f64 = 0.4;
 const SUBMISSION_SECONDS: f64 = 4.0;
