@@ -42,3 +42,15 @@ pub fn trained_bits<B: Backend>(device: B) -> Vec<u32> {
     let scalars = scalars.into_iter().flat_map(|(loss, norm)| [loss, norm]);
     scalars.chain(weights.values().iter().copied()).map(f32::to_bits).collect()
 }
+
+/// Holds two runs' bits against each other; `what` names the runs.
+///
+/// # Panics
+/// When they differ, saying where and by how much.
+pub fn assert_same(first: &[u32], second: &[u32], what: &str) {
+    assert_eq!(first.len(), second.len(), "{what}: one has more values");
+    let different: Vec<usize> = (0..first.len()).filter(|&index| first[index] != second[index]).collect();
+    let Some(&index) = different.first() else { return };
+    let [a, b] = [first, second].map(|bits| f32::from_bits(bits[index]));
+    panic!("{what}: {} of {} values differ, the first is value {index}: {a:e} and {b:e}", different.len(), first.len());
+}
