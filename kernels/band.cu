@@ -15,6 +15,7 @@
 //   way. expand: for each tile of rows the groups of BLOCK_COLS / 64 panels; contract: for each tile of rows the tiles of
 //   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row.
 // Determinism: every result is summed by one warp in order of the depth; shares are added in order.
+// Products: by warps, or with WGMMA by warpgroups, which have 64 rows and all of the block's 128 columns: WARP_ROWS is 16.
 // Caller: src/backend/cuda/band.rs.
 
 constexpr int WARPS_DOWN = BLOCK_ROWS / WARP_ROWS;
@@ -22,7 +23,7 @@ constexpr int THREADS = 32 * WARPS_DOWN * (BLOCK_COLS / WARP_COLS);
 constexpr int MT = WARP_ROWS / 16;
 constexpr int NT = WARP_COLS / 8;
 // A warp with many results has few registers for more than a step of the product at a time.
-constexpr int BAND_UNROLL = MT * NT >= 16 && UNROLL > 2 ? 2 : UNROLL;
+[[maybe_unused]] constexpr int BAND_UNROLL = MT * NT >= 16 && UNROLL > 2 ? 2 : UNROLL;
 constexpr int PANEL_ROWS = 64;
 [[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
 // Floats between rows of a tile of results: a quarter of the banks further each, so that a warp's stores spread over all.
@@ -90,6 +91,69 @@ __device__ __forceinline__ void multiply_covered(float (&acc)[MT][NT][4], const 
     }
 }
 
+#if WGMMA
+
+static_assert(PRECISION == 16 && WARP_ROWS == 16 && WARP_COLS == BLOCK_COLS && DEPTH == SEGMENT && STAGES > 2,
+              "as warpgroups multiply");
+
+// Begins acc += left right over DEPTH.
+template <class Left, class Right>
+__device__ __forceinline__ void begin_multiply(float (&acc)[MT][NT][4], Left left, const Right& right) {
+    left.first = left.first / 64 * 64;  // the warpgroup's
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += KSTEP) {
+        wgmma<BLOCK_COLS, Left::ACROSS, Right::ACROSS>(acc[0], descriptor(left, k), descriptor(right, k));
+    }
+}
+
+#endif
+
+// Keeps what is done with the results before this from being done after it, and the other way round: the compiler does not know
+// how long a warpgroup's product writes to them.
+__device__ __forceinline__ void hold(float (&acc)[MT][NT][4]) {
+#if WGMMA
+#pragma unroll
+    for (int j = 0; j < NT; j++) wgmma_hold(acc[0][j]);
+#endif
+}
+
+// Fills acc, stage by stage: fetch(step) starts to copy one and closes a group of copies, use(step) multiplies it.
+template <class Fetch, class Use>
+__device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], int steps, const Fetch& fetch, const Use& use) {
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+#pragma unroll
+        for (int j = 0; j < NT; j++) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
+    }
+    hold(acc);
+#if WGMMA
+    // One stage less on its way: the products before the last ones may still be reading theirs.
+    constexpr int AHEAD = STAGES - 2;
+    for (int step = 0; step < AHEAD; step++) fetch(step);
+    for (int step = 0; step < steps; step++) {
+        copy_async_wait<AHEAD - 1>();
+        wgmma_show();
+        __syncthreads();
+        wgmma_begin();
+        use(step);
+        wgmma_commit();
+        fetch(step + AHEAD);
+        wgmma_wait<1>();
+    }
+    wgmma_wait<0>();
+    hold(acc);
+#else
+    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+    for (int step = 0; step < steps; step++) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        fetch(step + STAGES - 1);
+        use(step);
+    }
+#endif
+    copy_async_wait<0>();
+}
+
 // Starts to copy rows [row, row + Count) x columns [col, col + Cols) of a panel to the tile's rows from `tile_row`; `col`
 // counts as the narrow axis does.
 template <int Count, int Cols, int Rows>
@@ -140,14 +204,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 int rows) {
     constexpr int PANELS = BLOCK_COLS / PANEL_ROWS;
     constexpr int STAGE_BYTES = (BLOCK_ROWS + BLOCK_COLS) * 128;
-    static_assert(WARP_COLS == PANEL_ROWS && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
+    static_assert((WARP_COLS == PANEL_ROWS || WGMMA) && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
     SHARED_MEMORY(shared);
     int narrow = table[0], wide = table[1], groups = ceil_div(table[2], PANELS);
     Group<PANELS> group(table, blockIdx.x % groups);
     int row0 = blockIdx.x / groups * BLOCK_ROWS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
-    Panel own = group.of(warp_col);
+    [[maybe_unused]] Panel own = group.of(warp_col);
     int steps = ceil_div(group.end - group.first, DEPTH);
+
+#if EPILOGUE == 2
+    // What the results are multiplied by at the end is on its way meanwhile.
+    constexpr int LINE = 128 / sizeof(Element);
+    for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / LINE; i += THREADS) {
+        int row = row0 + i / (BLOCK_COLS / LINE), col = group.upper.row + i % (BLOCK_COLS / LINE) * LINE;
+        if (row < rows && col < wide) prefetch(pre + (long long)row * wide + col);
+    }
+#endif
 
     auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * STAGE_BYTES}; };
     auto p_tile = [&](int step) { return Tile<BLOCK_COLS>{x_tile(step).base + BLOCK_ROWS * 128}; };
@@ -162,15 +235,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         copy_async_commit();
     };
 
-    float acc[MT][NT][4] = {};
-    for (int step = 0; step < STAGES - 1; step++) fetch(step);
-    for (int step = 0; step < steps; step++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(step + STAGES - 1);
+    float acc[MT][NT][4];
+    run_stages(acc, steps, fetch, [&](int step) {
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
         Along<BLOCK_COLS> right{p_tile(step), warp_col};
-        int col = group.first + step * DEPTH;
+        [[maybe_unused]] int col = group.first + step * DEPTH;
+#if WGMMA
+        begin_multiply(acc, left, right);  // outside a panel's window lie zeros
+#else
         if (col >= own.col && col + DEPTH <= own.end()) {
 #pragma unroll BAND_UNROLL
             for (int k = 0; k < DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
@@ -180,8 +252,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 multiply<MT, NT>(acc, left, right, k);
             }
         }
-    }
-    copy_async_wait<0>();
+#endif
+    });
 
     int col0 = group.upper.row;
     finish_results(shared, acc, warp_row, warp_col, rows - row0, wide - col0, [&](int r, int c, float(&sums)[WIDTH]) {
@@ -213,8 +285,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     constexpr int STAGE_BYTES = BLOCK_ROWS * 128 + Tile<DEPTH>::bytes(BLOCK_COLS);
     static_assert(DEPTH == SEGMENT, "a stage has one segment");
     SHARED_MEMORY(shared);
+#if !WGMMA
     // The columns that the panel of each stage on its way covers.
     __shared__ int2 windows[STAGES];
+#endif
     int narrow = table[0], wide = table[1], tiles_across = ceil_div(narrow, BLOCK_COLS), tile = blockIdx.x % tiles_across;
     int col0 = tile * BLOCK_COLS, row0 = blockIdx.x / tiles_across * BLOCK_ROWS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
@@ -234,25 +308,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             int row = step % PER_PANEL * DEPTH;
             stage<DEPTH, THREADS>(x_tile(step), x_rows + coming.row + row, wide, rows - row0, coming.rows - row);
             stage_panel<DEPTH, BLOCK_COLS>(p_tile(step), 0, weights, coming, row, col0);
+#if !WGMMA
             if (threadIdx.x == 0) windows[step % STAGES] = make_int2(coming.col, coming.end());
+#endif
         }
         copy_async_commit();
         read_ahead(step + 1);
     };
 
-    float acc[MT][NT][4] = {};
+    float acc[MT][NT][4];
     read_ahead(0);
-    for (int step = 0; step < STAGES - 1; step++) fetch(step);
-    for (int step = 0; step < steps; step++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        int2 window = windows[step % STAGES];
-        fetch(step + STAGES - 1);
+    run_stages(acc, steps, fetch, [&](int step) {
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
         Across<DEPTH> right{p_tile(step), warp_col};
+#if WGMMA
+        begin_multiply(acc, left, right);
+#else
+        int2 window = windows[step % STAGES];
         multiply_covered<DEPTH>(acc, left, right, Covered(window.x, window.y, col0 + warp_col));
-    }
-    copy_async_wait<0>();
+#endif
+    });
 
     finish_results(shared, acc, warp_row, warp_col, rows - row0, narrow - col0, [&](int r, int c, float(&sums)[WIDTH]) {
         if (bias != nullptr) {
@@ -297,16 +372,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         copy_async_commit();
     };
 
-    float acc[MT][NT][4] = {};
-    for (int step = 0; step < STAGES - 1; step++) fetch(step);
-    for (int step = 0; step < steps; step++) {
-        copy_async_wait<STAGES - 2>();
-        __syncthreads();
-        fetch(step + STAGES - 1);
+    float acc[MT][NT][4];
+    run_stages(acc, steps, fetch, [&](int step) {
         Across<DEPTH> left{wide_tile(step), warp_row};
         Across<DEPTH> right{narrow_tile(step), warp_col};
+#if WGMMA
+        begin_multiply(acc, left, right);
+#else
         multiply_covered<DEPTH>(acc, left, right, tiles);
-    }
+#endif
+    });
 
     bool shared_out = gridDim.y > 1;
     float* target = out + (long long)blockIdx.y * packed_len;

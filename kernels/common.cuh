@@ -16,7 +16,7 @@ struct bf16 {
 
 #ifndef SOFTWARE_CUDA  // The tests run kernels on a processor, with their own versions of what stands in this block.
 
-#define SHARED_MEMORY(name) extern __shared__ __align__(128) char name[]
+#define SHARED_MEMORY(name) extern __shared__ __align__(1024) char name[]
 
 __device__ __forceinline__ u32 shared_address(const void* shared) {
     return (u32)__cvta_generic_to_shared(shared);
@@ -27,6 +27,11 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                  "r"(valid ? 16 : 0)
                  : "memory");
+}
+
+// Asks for the 128 bytes at `global` to be brought near: they will be read later.
+__device__ __forceinline__ void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 // Closes a group of copies.
@@ -102,6 +107,73 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+#if WGMMA  // Hopper (sm_90a): products of a warpgroup, four warps, whose operands lie in shared memory
+
+// Shows this thread's writes to shared memory, copies that it has waited for included, to products after the next barrier.
+__device__ __forceinline__ void wgmma_show() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Stands before the products of a stage, which make a group once they are closed.
+__device__ __forceinline__ void wgmma_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until all but the last `Open` groups are done: their operands are no longer read, their results are there.
+template <int Open>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Open) : "memory");
+}
+
+// c += left right, begun: left 64 x 16, right 16 x N of bf16, each where its descriptor says. Warp w of the
+// warpgroup has rows 16 w to 16 w + 15, in tiles of 8 columns as `mma_bf16` describes them.
+#define FOUR(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+
+template <int N, bool LeftAcross, bool RightAcross>
+__device__ __forceinline__ void wgmma(float (*c)[4], u64 left, u64 right) {
+    static_assert(N == 64 || N == 96 || N == 128, "the widths that kernels use");
+    if constexpr (N == 64) {
+        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, on, 1, 1, %34, %35;}"
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
+                     : "memory");
+    } else if constexpr (N == 96) {
+        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, %48, %49, on, 1, 1, %50, %51;}"
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9),
+                       FOUR(10), FOUR(11)
+                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
+                     : "memory");
+    } else if constexpr (N == 128) {
+        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, on, 1, 1, %66, %67;}"
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9),
+                       FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
+                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
+                     : "memory");
+    }
+}
+
+#undef FOUR
+
+// A point in the order of what the compiler does with these registers.
+__device__ __forceinline__ void wgmma_hold(float (&c)[4]) {
+    asm volatile("" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
+}
+
+#endif
 
 #endif
 
@@ -269,8 +341,8 @@ __device__ __forceinline__ float gelu_derivative(float x) {
 // ---- Products of tiles in shared memory
 //
 // A tile has rows of 128 bytes; a wider one consists of several such segments, one after the other. In each row the eight
-// 16-byte chunks are permuted by the row's number, so that eight rows at one column, and four rows at eight columns, lie in
-// different banks. An operand lies along the depth (its rows are the result's rows or columns) or across it (its rows are
+// 16-byte chunks are permuted by the row's number, so that eight rows at one column, and of floats four rows at eight columns
+// too, lie in different banks; of bf16 they are permuted as `wgmma` expects it. An operand lies along the depth (its rows are the result's rows or columns) or across it (its rows are
 // steps of the depth). A warp holds MT x NT tiles of 16 x 8 results as `mma_bf16` describes them, in every precision.
 
 // Elements of a tile's row of 128 bytes, and of the depth that one step of `multiply` takes.
@@ -292,7 +364,7 @@ struct Tile {
     // The chunk that holds column `col` of a row.
     __device__ __forceinline__ char* at(int row, int col) const {
         int chunk = (col % SEGMENT) / LANES;
-        int place = chunk ^ (((row & 3) << 1) | ((row >> 2) & 1));
+        int place = chunk ^ (PRECISION == 16 ? row & 7 : ((row & 3) << 1) | ((row >> 2) & 1));
         return base + ((col / SEGMENT) * Rows + row) * 128 + place * 16;
     }
 
@@ -306,6 +378,7 @@ template <int Rows>
 struct Along {
     Tile<Rows> tile;
     int first;
+    static constexpr bool ACROSS = false;
 };
 
 // An operand from column `first` of a tile that lies across the depth.
@@ -313,7 +386,29 @@ template <int Rows>
 struct Across {
     Tile<Rows> tile;
     int first;
+    static constexpr bool ACROSS = true;
 };
+
+#if WGMMA
+
+// What `wgmma` is told of an operand, from step k of the depth on (PTX ISA, "Matrix Descriptor"): the address, the distances of
+// blocks of 64 columns and of 8 rows, all in 16 bytes, and that 128-byte rows are permuted.
+__device__ __forceinline__ u64 descriptor(const char* at, int column_blocks) {
+    constexpr u64 eight_rows = 8 * 128 / 16, permuted = 1;
+    return (shared_address(at) >> 4 & 0x3fff) | (u64)(column_blocks / 16) << 16 | eight_rows << 32 | permuted << 62;
+}
+
+template <int Rows>
+__device__ __forceinline__ u64 descriptor(const Along<Rows>& operand, int k) {
+    return descriptor(operand.tile.base + operand.first * 128 + k * (int)sizeof(Element), 16);
+}
+
+template <int Rows>
+__device__ __forceinline__ u64 descriptor(const Across<Rows>& operand, int k) {
+    return descriptor(operand.tile.base + (operand.first / SEGMENT * Rows + k) * 128, Rows * 128);
+}
+
+#endif
 
 // Chunks of a row of `cols` elements, rounded up to a power of two.
 constexpr int rounded_chunks(int cols) {

@@ -196,7 +196,7 @@ fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
 {{- matrix.stage("tile_part", "0u", false, span, depth, threads, tile_of, "tile0", "d0", ", pair") }}
     workgroupBarrier();
 {%- set at = which * 16 * dim if held else 0 %}
-{{- matrix.multiply(acc, "block_part", at ~ "u", "tile_part", "0u", 64, span, depth, tm, tn, unroll) }}
+{{- matrix.multiply(acc, "block_part", at ~ "u", "tile_part", "0u", 64, span, depth, tm, tn, unroll, span, subgroup) }}
     workgroupBarrier();
     }
 {% endmacro %}
@@ -205,7 +205,7 @@ fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
     for (var t0 = 0u; t0 < TILE; t0 += {{ spread }}u) {
 {{- matrix.stage("tile_part", "0u", true, dim, spread, threads, tile_of, "0u", "tile0 + t0", ", pair") }}
     workgroupBarrier();
-{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", "0u", 64, dim, spread, tm, dim // across, unroll) }}
+{{- matrix.multiply(acc, "weights", "t0 * 16u", "tile_part", "0u", 64, dim, spread, tm, dim // across, unroll, dim, subgroup) }}
     workgroupBarrier();
     }
 {% endmacro %}
@@ -218,10 +218,10 @@ fn statistics_at(pair: Pair, token: u32) -> vec4<u32> {
 {% endmacro %}
 
 @compute @workgroup_size({{ threads }})
-fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgroup) }}) {
     let group = group_index(id);
     if (group >= p.end) { return; }
-{{- matrix.place(across, 64 // tm) }}
+{{- matrix.place(span, 64 // tm, tn, span, subgroup) }}
     let pairs = p.batch * p.heads;
     let pair = Pair((group % pairs) / p.heads, group % p.heads);
     let blocks = (p.tokens + BLOCK - 1u) / BLOCK;

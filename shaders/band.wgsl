@@ -6,14 +6,15 @@
 //
 // Shapes: narrow side [M, N], wide side [M, W], P and G packed by panels as the table says (see band.rs): a panel is 64
 //   wide rows x a window of `cols` narrow columns. Windows start at and are as wide as multiples of 16, so P is always read
-//   by vec4; the activations are where N and W are multiples of 4 (`vec`). Depths are not compared where N is a multiple of
-//   16, or W or the shares of M are multiples of bk (`whole`).
+//   by vec4; the activations are where N and W are multiples of 4 (`vec`). Where M is too, and the depth's side a multiple
+//   of 16 (of bk for outer), operands are walked through instead of being looked up (`whole`).
 // Dtypes: f32 products and sums; activations as stored, P and G f32.
 // Grid: expand: (tile of bn wide rows: one panel or two, tile of bm rows); contract: (tile of bn narrow columns, tile of bm
-//   rows); outer: (bm wide rows x bn columns of their windows, share of the rows). After the table comes a list of such
-//   tiles: row, column, and the depth from start to end that the band joins to them. What the band does not touch has no
-//   group, is not loaded, not multiplied.
-// Determinism: each element is summed by one thread in a fixed order; shares of the rows are added up by reduce.wgsl.
+//   rows); outer: groups among which the rows of all tiles (bm wide rows x bn columns of their windows) are dealt out.
+//   After the table comes a list of such tiles: row, column, and the depth from start to end that the band joins to them
+//   and to each `slice` of their columns. What the band does not touch has no group and is not loaded, and threads whose
+//   slice it does not touch do not multiply.
+// Determinism: each element is summed by one thread in a fixed order; parts of tiles are added up by reduce.wgsl.
 // Caller: src/backend/wgpu/band.rs.
 {% import "matrix.wgsl" as matrix %}
 {%- include "common.wgsl" %}
@@ -27,11 +28,14 @@ struct Params {
     narrow: u32,
     wide: u32,
     panels: u32,
-    // where the list of tiles starts in the table, and, of expand and contract, tiles of rows; of outer, tiles
+    // where the list of tiles starts in the table
     tiles_at: u32,
+    // of rows; of outer, all
     tiles: u32,
-    // outer: rows per share, elements from one share's result to the next
-    share_depth: u32,
+    // outer: steps of bk in a tile and for a group, parts of a tile at most, elements from one to the next
+    tile_steps: u32,
+    group_steps: u32,
+    shares: u32,
     share_stride: u32,
     add: u32,
 }
@@ -50,6 +54,8 @@ struct Tile {
     col: u32,
     start: u32,
     end: u32,
+    // and where its slices follow
+    slices: u32,
 }
 
 @group(0) @binding(0) var<uniform> p: Params;
@@ -61,8 +67,14 @@ fn panel_of(index: u32) -> Panel {
 }
 
 fn tile_of(index: u32) -> Tile {
-    let at = p.tiles_at + 4u * index;
-    return Tile(table[at], table[at + 1u], table[at + 2u], table[at + 3u]);
+    let at = p.tiles_at + {{ 4 + 2 * (bn // slice) }}u * index;
+    return Tile(table[at], table[at + 1u], table[at + 2u], table[at + 3u], at + 4u);
+}
+
+// From where to where the band joins a depth to slice `index` of a tile.
+fn slice_of(area: Tile, index: u32) -> vec2<u32> {
+    let at = area.slices + 2u * index;
+    return vec2<u32>(table[at], table[at + 1u]);
 }
 
 // How many of the four elements from c lie before c_end, in a row that exists or not.
@@ -78,17 +90,17 @@ fn inside(exists: bool, c: u32, c_end: u32) -> u32 {
 @group(0) @binding(4) var<storage, read_write> gradient: array<vec4<f32>>;
 {#- Four elements of row m from column c. What is read for columns beyond the last makes sums that no one stores. -#}
 {% macro activations(name, axis) %}
+{%- if whole %}
+// The vec4 at row m, column c.
+fn {{ name }}_start(m: u32, c: u32) -> u32 {
+    return (m * {{ axis }} + min(c, {{ axis }} - 4u)) / 4u;
+}
+{%- else %}
 {{- matrix.loader(name, vec) }}
 fn {{ name }}_of(m: u32, c: u32, m_end: u32) -> vec4<f32> {
-{%- if not vec %}
     return load_{{ name }}(m * {{ axis }} + c, inside(m < m_end, c, {{ axis }}));
-{%- else %}
-{%- if not whole %}
-    if (m >= m_end) { return vec4<f32>(); }
-{%- endif %}
-    return vec4<f32>({{ name }}[(m * {{ axis }} + min(c, {{ axis }} - 4u)) / 4u]);
-{%- endif %}
 }
+{%- endif %}
 {% endmacro %}
 {{ activations("wide", "p.wide") }}
 {{ activations("narrow", "p.narrow") }}
@@ -108,22 +120,31 @@ fn finish(j: u32, i: u32, share: u32, sums: vec4<f32>) {
     gradient[at] = select(vec4<f32>(), value, kept);
 }
 
+{%- set left = {"by_depth": true, "of": "wide_of", "first": "area.row", "context": ", end"} %}
+{%- set right = {"by_depth": true, "of": "narrow_of", "first": "area.col", "context": ", end"} %}
+{%- if whole %}
+{%- set left = {"by_depth": true, "walk": {"name": "wide", "start": "wide_start(k + kb * 4u, area.row + rb * 4u)", "stride": "(p.wide / 4u)"}} %}
+{%- set right = {"by_depth": true, "walk": {"name": "narrow", "start": "narrow_start(k + kb * 4u, area.col + rb * 4u)", "stride": "(p.narrow / 4u)"}} %}
+{%- endif %}
 @compute @workgroup_size({{ threads }})
-fn band_outer(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgroup) }}) {
     let group = group_index(id);
     if (group >= p.end) { return; }
-{{- matrix.place(bn // tn, bm // tm) }}
-    let share = group / p.tiles;
-    let area = tile_of(group % p.tiles);
-    let m_start = share * p.share_depth;
-    let m_end = min(p.rows, m_start + p.share_depth);
+{{- matrix.place(bn, bm // tm, tn, slice, subgroup) }}
+{%- call matrix.dealt(even, bk, "p.rows") %}
+    let area = tile_of(tile);
+{%- if slice < bn %}
+    let own = slice_of(area, slice);
+{%- endif %}
 {{ matrix.accumulators("acc", tm, tn) }}
-{%- set left = {"of": "wide_of", "by_depth": true, "first": "area.row", "context": ", m_end"} %}
-{%- set right = {"of": "narrow_of", "by_depth": true, "first": "area.col", "context": ", m_end"} %}
-{{- matrix.product("acc", tile, left, right, "m_start", "m_end") }}
+{{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < own.y" if slice < bn else "") }}
+    for (var part = share; part < shares; part += 1u) {
 {%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, bn, tn) }}, share, acc{{ i }}_{{ j }});
+    finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, slice, tn) }}, part, acc{{ i }}_{{ j }});
 {%- endfor %}{% endfor %}
+{{- matrix.clear("acc", tm, tn) }}
+    }
+{%- endcall %}
 }
 
 {%- else %}
@@ -145,35 +166,44 @@ fn band_outer(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_in
 {%- if gelu %}{{ matrix.storer("pre", vec, "Element") }}{% endif %}
 {%- if gelu_backward %}{{ matrix.loader("pre", vec) }}{% endif %}
 
-// Four elements of row m of x from column c; what is read for rows beyond the last makes results that no one stores.
+{% if whole -%}
+// The vec4 of x at row m, column c; what is read for rows beyond the last makes results that no one stores.
+fn x_start(m: u32, c: u32) -> u32 {
+    return (min(m, p.rows - 4u) * {{ x_axis }} + c) / 4u;
+}
+{%- else -%}
+// Four elements of row m of x from column c.
 fn x_of(m: u32, c: u32) -> vec4<f32> {
-{%- if vec and whole %}
-    return vec4<f32>(x[(min(m, p.rows - 1u) * {{ x_axis }} + c) / 4u]);
-{%- else %}
     return load_x(m * {{ x_axis }} + c, inside(m < p.rows, c, {{ x_axis }}));
+}
 {%- endif %}
+
+// The vec4 at row `row` of a panel, column i; wraps around for a column before its window.
+fn packed_start(panel: Panel, row: u32, i: u32) -> u32 {
+    return panel.offset / 4u + row * (panel.cols / 4u) + i / 4u - panel.col_start / 4u;
 }
 
 {% if entry == "band_expand" -%}
-// Four weights of the tile's row `row`, from narrow column k on.
-fn weight_of(row: u32, k: u32, low: Panel{% if bn > 64 %}, high: Panel{% endif %}) -> vec4<f32> {
-    var panel = low;
 {%- if bn > 64 %}
-    if (row >= 64u) { panel = high; }
-    // Wraps around, beyond every window, for a column before this one's.
-    if (k - panel.col_start >= panel.cols) { return vec4<f32>(); }
-{%- endif %}
-    let near = min(row % 64u, panel.rows - 1u);
-    return packed[(panel.offset + near * panel.cols + k - panel.col_start) / 4u];
+// The tile's panel that its row `row` is in, unless that one is empty.
+fn panel_at(row: u32, low: Panel, high: Panel) -> Panel {
+    if (row < 64u || high.cols == 0u) { return low; }
+    return high;
 }
-{%- else -%}
+{%- endif %}
+{%- if not whole or slice != 64 %}
+// Four weights of the tile's row `row`, from narrow column k on.
+fn weight_of(row: u32, k: u32, panel: Panel) -> vec4<f32> {
+    if (k - panel.col_start >= panel.cols) { return vec4<f32>(); }
+    return packed[packed_start(panel, min(row % 64u, panel.rows - 1u), k)];
+}
+{%- endif %}
+{%- elif not whole -%}
 // Weights of wide row j, a row of `panel`, from narrow column i on.
 fn weight_of(j: u32, i: u32, panel: Panel) -> vec4<f32> {
     let row = j - panel.row_start;
-    // Wraps around, beyond every window, for a column before this one's.
-    let col = i - panel.col_start;
-    if (col >= panel.cols{% if not whole %} || row >= panel.rows{% endif %}) { return vec4<f32>(); }
-    return packed[(panel.offset + row * panel.cols + col) / 4u];
+    if (i - panel.col_start >= panel.cols || row >= panel.rows) { return vec4<f32>(); }
+    return packed[packed_start(panel, row, i)];
 }
 {%- endif %}
 
@@ -194,34 +224,51 @@ fn finish(m: u32, c: u32, sums: vec4<f32>) {
     store_y(at, valid, value);
 }
 
+{%- set left = {"by_depth": false, "of": "x_of", "first": "row0", "context": ""} %}
+{%- if whole %}
+{%- set left = {"by_depth": false, "walk": {"name": "x", "start": "x_start(row0 + rb * 4u, k + kb * 4u)", "stride": "(" ~ x_axis ~ " / 4u)"}} %}
+{%- endif %}
+{#- A block's panel is its own to know: of expand that of its rows, of contract that of the depth. Beside its window lies
+another row or panel, which a slice of expand that is one panel does not multiply: others do not walk. -#}
+{%- set sliced = slice < bn %}
+{%- if entry == "band_expand" %}
+{%- set panel = "panel_at(rb * 4u, low, high)" if bn > 64 else "low" %}
+{%- set right = {"by_depth": false, "of": "weight_of", "first": "0u", "context": ", " ~ panel} %}
+{%- if whole and slice == 64 %}
+{%- set right = {"by_depth": false, "walk": {"name": "packed", "panel": panel,
+    "start": "packed_start(panel, min(rb * 4u % 64u, panel.rows - 4u), k + kb * 4u)"}} %}
+{%- endif %}
+{%- else %}
+{%- set right = {"by_depth": true, "of": "weight_of", "first": "area.col", "context": ", panel_of(k / 64u)"} %}
+{%- if whole %}
+{%- set right = {"by_depth": true, "walk": {"name": "packed", "panel": "panel_of(k / 64u)", "again": "k % 64u == 0u",
+    "start": "packed_start(panel, k + kb * 4u - panel.row_start, area.col + rb * 4u)",
+    "exists": "area.col + rb * 4u - panel.col_start < panel.cols"}} %}
+{%- endif %}
+{%- endif %}
 @compute @workgroup_size({{ threads }})
-fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgroup) }}) {
     let group = group_index(id);
     if (group >= p.end) { return; }
-{{- matrix.place(bn // tn, bm // tm) }}
+{{- matrix.place(bn, bm // tm, tn, slice, subgroup) }}
     let row0 = (group % p.tiles) * {{ bm }}u;
     let area = tile_of(group / p.tiles);
+{%- if sliced %}
+    let own = slice_of(area, slice);
+{%- endif %}
     let start = area.start;
     let end = area.end;
-{{ matrix.accumulators("acc", tm, tn) }}
-{%- set left = {"of": "x_of", "by_depth": false, "first": "row0", "context": ""} %}
 {%- if entry == "band_expand" %}
     let low = panel_of(area.row / 64u);
 {%- if bn > 64 %}
     let high = panel_of(min(area.row / 64u + 1u, p.panels - 1u));
 {%- endif %}
-{%- set panels = ", low, high" if bn > 64 else ", low" %}
-{%- set right = {"of": "weight_of", "by_depth": false, "first": "0u", "context": panels} %}
-{{- matrix.product("acc", tile, left, right, "start", "end") }}
-{%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(row0 + {{ matrix.row(i, bm, tm) }}, area.row + {{ matrix.col(j, bn, tn) }}, acc{{ i }}_{{ j }});
-{%- endfor %}{% endfor %}
-{%- else %}
-{%- set right = {"of": "weight_of", "by_depth": true, "first": "area.col", "context": ", panel"} %}
-{{- matrix.product("acc", tile, left, right, "start", "end", "let panel = panel_of(k / 64u);") }}
-{%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(row0 + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, bn, tn) }}, acc{{ i }}_{{ j }});
-{%- endfor %}{% endfor %}
 {%- endif %}
+{{ matrix.accumulators("acc", tm, tn) }}
+{{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < k && k < own.y + " ~ bk ~ "u" if sliced else "") }}
+{%- set first = "area.row" if entry == "band_expand" else "area.col" %}
+{%- for i in range(tm) %}{% for j in range(tn // 4) %}
+    finish(row0 + {{ matrix.row(i, bm, tm) }}, {{ first }} + {{ matrix.col(j, slice, tn) }}, acc{{ i }}_{{ j }});
+{%- endfor %}{% endfor %}
 }
 {%- endif %}

@@ -4,12 +4,13 @@
 //
 // Shapes: L is stored [rows, depth], or [depth, rows] with `left_by_depth`; R [cols, depth], or [depth, cols] with
 //   `right_by_depth`; out and pre [rows, cols]. Row strides and first elements are parameters; any size is right, whole
-//   vec4s are loaded where strides and sizes are multiples of 4 (`vec`, `vec_out`), and depths are not compared where every
-//   share's is a multiple of bk (`whole`).
+//   vec4s are loaded where strides and sizes are multiples of 4 (`vec`, `vec_out`), and where rows and columns are too and
+//   the depth is a multiple of bk (`whole`), operands are walked through instead of being looked up.
 // Dtypes: f32 products and sums; operands and results as stored.
-// Grid: one workgroup per tile of bm x bn and per share of a divided depth, which goes to its own part of `out`.
-//   Neighbouring groups walk along the shorter side of the grid of tiles, so the larger operand is read once.
-// Determinism: each element is summed by one thread in order of k; shares of the depth are added up by reduce.wgsl.
+// Grid: one workgroup per tile of bm x bn; or groups among which all tiles' depths are dealt out (`deal`; `even` if tiles
+//   come in as many parts each), each part of a tile to its own part of `out`. Neighbouring groups walk along the shorter
+//   side of the grid of tiles, so the larger operand is read once.
+// Determinism: each element is summed by one thread in order of k; parts of tiles are added up by reduce.wgsl.
 // Caller: src/backend/wgpu/matrix.rs, for linear.rs and loss.rs.
 {% import "matrix.wgsl" as matrix %}
 {%- include "common.wgsl" %}
@@ -31,9 +32,13 @@ struct Params {
     pre_at: u32,
     tiles_down: u32,
     tiles_across: u32,
-    share_depth: u32,
-    share_stride: u32,
     add: u32,
+    // deal: tiles, steps of bk in a tile and for a group, parts of a tile at most, elements from one to the next
+    tiles: u32,
+    tile_steps: u32,
+    group_steps: u32,
+    shares: u32,
+    share_stride: u32,
 }
 
 // Gradients and statistics are f32 whatever activations are.
@@ -68,11 +73,16 @@ fn inside(r: u32, r_end: u32, c: u32, c_end: u32) -> u32 {
 {#- Four elements, along the depth or across it, of an operand of `count` rows or columns x. Those beyond the depth are 0;
 what is read for rows and columns beyond the last makes results that no one stores. -#}
 {% macro operand(name, by_depth, count) %}
+{%- if whole %}
+// The vec4 at row or column x, depth k.
+fn {{ name }}_start(x: u32, k: u32) -> u32 {
+    let near = min(x, {{ count }} - 4u);
+    return (p.{{ name }}_at + {{ "k" if by_depth else "near" }} * p.{{ name }}_stride + {{ "near" if by_depth else "k" }}) / 4u;
+}
+{%- else %}
 fn {{ name }}_of({{ "k: u32, x: u32" if by_depth else "x: u32, k: u32" }}, k_end: u32) -> vec4<f32> {
 {%- if vec %}
-{%- if not whole %}
     if (k >= k_end) { return vec4<f32>(); }
-{%- endif %}
     let near = min(x, {{ count }} - {{ 4 if by_depth else 1 }}u);
 {%- else %}
     let near = x;
@@ -86,6 +96,7 @@ fn {{ name }}_of({{ "k: u32, x: u32" if by_depth else "x: u32, k: u32" }}, k_end
     return load_{{ name }}(at, inside(x, {{ count }}, k, k_end));
 {%- endif %}
 }
+{%- endif %}
 {% endmacro %}
 {{ operand("left", left_by_depth, "p.rows") }}
 {{ operand("right", right_by_depth, "p.cols") }}
@@ -107,24 +118,47 @@ fn finish(row: u32, col: u32, share: u32, sums: vec4<f32>) {
     store_out(at, valid, value);
 }
 
-@compute @workgroup_size({{ threads }})
-fn linear(@builtin(workgroup_id) id: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
-    let group = group_index(id);
-    if (group >= p.end) { return; }
-{{- matrix.place(bn // tn, bm // tm) }}
-    let count = p.tiles_down * p.tiles_across;
-    let share = group / count;
-    let tile = group % count;
+{#- How `product` comes by an operand whose tile's first row or column is `first`. -#}
+{%- macro walk(name, first) -%}
+{{ name }}_start({{ first }} + rb * 4u, k + kb * 4u)
+{%- endmacro %}
+{%- set left = {"by_depth": left_by_depth, "of": "left_of", "first": "row0", "context": ", end"} %}
+{%- set right = {"by_depth": right_by_depth, "of": "right_of", "first": "col0", "context": ", end"} %}
+{%- if whole %}
+{%- set left = {"by_depth": left_by_depth, "walk": {"name": "left", "start": walk("left", "row0"), "stride": "(p.left_stride / 4u)"}} %}
+{%- set right = {"by_depth": right_by_depth, "walk": {"name": "right", "start": walk("right", "col0"), "stride": "(p.right_stride / 4u)"}} %}
+{%- endif %}
+{#- The results of `tile` over the depth from start to end. -#}
+{%- macro results() %}
     let down_first = p.tiles_down < p.tiles_across;
     let row0 = select(tile / p.tiles_across, tile % p.tiles_down, down_first) * {{ bm }}u;
     let col0 = select(tile % p.tiles_across, tile / p.tiles_down, down_first) * {{ bn }}u;
-    let k_start = share * p.share_depth;
-    let k_end = min(p.depth, k_start + p.share_depth);
 {{ matrix.accumulators("acc", tm, tn) }}
-{%- set left = {"of": "left_of", "by_depth": left_by_depth, "first": "row0", "context": ", k_end"} %}
-{%- set right = {"of": "right_of", "by_depth": right_by_depth, "first": "col0", "context": ", k_end"} %}
-{{- matrix.product("acc", tile, left, right, "k_start", "k_end") }}
+{{- matrix.product("acc", tile, left, right, "start", "end") }}
+{%- endmacro %}
+{%- macro finish(share) %}
 {%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(row0 + {{ matrix.row(i, bm, tm) }}, col0 + {{ matrix.col(j, bn, tn) }}, share, acc{{ i }}_{{ j }});
+    finish(row0 + {{ matrix.row(i, bm, tm) }}, col0 + {{ matrix.col(j, bn, tn) }}, {{ share }}, acc{{ i }}_{{ j }});
 {%- endfor %}{% endfor %}
+{%- endmacro %}
+@compute @workgroup_size({{ threads }})
+fn linear(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgroup) }}) {
+    let group = group_index(id);
+    if (group >= p.end) { return; }
+{{- matrix.place(bn, bm // tm, tn, bn, subgroup) }}
+{%- if deal %}
+{%- call matrix.dealt(even, bk, "p.depth") %}
+{{- results() }}
+    for (var part = share; part < shares; part += 1u) {
+{{- finish("part") }}
+{{- matrix.clear("acc", tm, tn) }}
+    }
+{%- endcall %}
+{%- else %}
+    let tile = group;
+    let start = 0u;
+    let end = p.depth;
+{{- results() }}
+{{- finish("0u") }}
+{%- endif %}
 }

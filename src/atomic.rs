@@ -86,11 +86,37 @@ impl SealedFile {
     }
 }
 
-fn folder_of(path: &Path) -> &Path {
+/// The folder that holds `path`.
+pub fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     }
+}
+
+/// Gives the whole file `from` the second name `to`, replacing an older file of that name: a link, which costs nothing, or a
+/// copy where the file system knows no links. `from` stays as it is all the while.
+///
+/// # Errors
+/// [`Error::Io`], a full disk among others.
+pub fn second_name(from: &Path, to: &Path) -> Result<()> {
+    // A link to a symbolic link would be one, and change with it.
+    let source = fs::canonicalize(from).map_err(Error::io("open", from))?;
+    match fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io("replace", to)(error)),
+        _ => {}
+    }
+    match fs::hard_link(&source, to) {
+        Ok(()) => sync_folder(folder_of(to)).map_err(Error::io("sync the folder of", to)),
+        Err(_) => copy(&source, to),
+    }
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let mut source = File::open(from).map_err(Error::io("open", from))?;
+    let mut file = AtomicFile::create(to)?;
+    io::copy(&mut source, &mut file.writer).map_err(Error::io("write", to))?;
+    file.seal()?.publish()
 }
 
 /// An empty temporary file with the permissions of an ordinary new file (tempfile's own would hide it from others).
@@ -150,6 +176,21 @@ mod tests {
         file.append(b"new").unwrap();
         file.seal().unwrap().publish().unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    fn a_second_name_outlives_the_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let [first, second, third] = ["a", "b", "c"].map(|name| folder.path().join(name));
+        fs::write(&first, "one").unwrap();
+        fs::write(&second, "stale").unwrap();
+        second_name(&first, &second).unwrap();
+        copy(&first, &third).unwrap();
+        let mut file = AtomicFile::create(&first).unwrap();
+        file.append(b"two").unwrap();
+        file.seal().unwrap().publish().unwrap();
+        let contents = [first, second, third].map(|path| fs::read_to_string(path).unwrap());
+        assert_eq!(contents, ["two", "one", "one"]);
     }
 
     #[test]

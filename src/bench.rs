@@ -220,8 +220,19 @@ fn check_kernels<B: Backend>(backend: &B, rows: usize, n: usize, w: usize, layer
 pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repeats: usize) -> Result<StepTime> {
     MemoryEstimate::check(&backend, config, b, t)?;
     let mut model = Model::new(backend, &Weights::init(config, 1)?)?;
-    let mut acts = Activations::new(&mut model, b, t, true)?;
-    let mut optimizer = Optimizer::new(&mut model)?;
+    let time = time_steps(&mut model, config, b, t, repeats);
+    time.map_err(|error| MemoryEstimate::advise(model.backend(), config, b, t, error))
+}
+
+fn time_steps<B: Backend>(
+    model: &mut Model<B>,
+    config: &GptConfig,
+    b: usize,
+    t: usize,
+    repeats: usize,
+) -> Result<StepTime> {
+    let mut acts = Activations::new(model, b, t, true)?;
+    let mut optimizer = Optimizer::new(model)?;
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     let tokens: Vec<u32> = (0..=b * t).map(|_| rng.random_range(0..config.vocab_size as u32)).collect();
     let mut one_step = |model: &mut Model<B>| -> Result<f64> {
@@ -232,13 +243,13 @@ pub fn step<B: Backend>(backend: B, config: &GptConfig, b: usize, t: usize, repe
         Ok(start.elapsed().as_secs_f64())
     };
     // The first one warms up.
-    one_step(&mut model)?;
-    let samples = (0..repeats).map(|_| one_step(&mut model)).collect::<Result<Vec<_>>>()?;
+    one_step(model)?;
+    let samples = (0..repeats).map(|_| one_step(model)).collect::<Result<Vec<_>>>()?;
     // Apart from the others: timing each kernel takes time itself.
     let ops = match model.backend().profile_start()? {
         false => None,
         true => {
-            one_step(&mut model)?;
+            one_step(model)?;
             Some(model.backend().profile_finish()?)
         }
     };

@@ -145,7 +145,7 @@ pub const PRESETS: [Preset; 7] = [
         name: "toy",
         model: GptConfig { fc1_bandwidth: 256, ..gpt(128, 4, 4, 128, BYTES_VOCAB) },
         batch_size: 8,
-        steps: 800,
+        steps: 600,
         learning_rate: 3e-3,
         schedule: Schedule::Cosine,
         warmup: 20,

@@ -44,6 +44,15 @@ pub enum Error {
     #[error("{0}")]
     Device(String),
 
+    /// Device memory that ran out when it was asked for, whatever had been foreseen.
+    #[error("{what}; {advice}")]
+    OutOfMemory {
+        /// The device, what for, how much was asked and how much is there: one clause.
+        what: String,
+        /// What to do.
+        advice: String,
+    },
+
     /// Standard output was closed by its reader (`bandtrain ... | head`): not an error to report.
     #[error("standard output was closed")]
     StdoutClosed,
@@ -72,6 +81,19 @@ impl Error {
     pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Self {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { action, path, source }
+    }
+
+    /// An [`Error::OutOfMemory`] with the advice that always helps.
+    pub fn out_of_memory(what: impl Into<String>) -> Self {
+        Error::OutOfMemory { what: what.into(), advice: "use a smaller batch (-b) or sequence (-t)".to_string() }
+    }
+
+    /// The same with this advice where device memory ran out, for who knows better than the device what can be done.
+    pub fn with_memory_advice(self, advice: impl Into<String>) -> Self {
+        match self {
+            Error::OutOfMemory { what, .. } => Error::OutOfMemory { what, advice: advice.into() },
+            other => other,
+        }
     }
 
     /// The process exit code for this error: 2 a user's mistake, 1 a fault of ours, 130 interrupted, 0 for a reader of

@@ -36,18 +36,23 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod every;
 pub mod generate;
 pub mod hellaswag;
+pub mod interrupt;
 pub mod memory;
-pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod output;
 pub mod parity;
 pub mod plot;
+pub mod report;
 pub mod shapes;
 pub mod tolerance;
 pub mod train;
 pub mod weights;
 
 pub use error::{Error, Result};
+
+/// The program's version, with the commit it is built from where that is known.
+pub const VERSION: &str = env!("BANDTRAIN_VERSION");

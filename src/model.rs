@@ -166,7 +166,9 @@ impl<B: Backend> Model<B> {
     /// The device has not enough memory.
     pub fn new(mut backend: B, weights: &Weights) -> Result<Self> {
         let table = weights.table().clone();
-        let mut params = backend.alloc(Role::Parameters, "parameters", table.len())?;
+        let mut params = backend
+            .alloc(Role::Parameters, "parameters", table.len())
+            .map_err(|error| error.with_memory_advice("the model itself does not fit, choose a smaller one"))?;
         backend.upload(&mut params, 0, weights.values())?;
         let fc1 = table.fc1().map(|band| backend.band_table(band)).transpose()?;
         let fc2 = table.fc2().map(|band| backend.band_table(band)).transpose()?;

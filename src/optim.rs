@@ -153,7 +153,7 @@ impl<B: Backend> Optimizer<B> {
         model.forward_backward(acts, &mut self.grads, &mut self.loss, scale, write)
     }
 
-    /// Clips and applies the gradients.
+    /// Clips and applies the gradients: the step is done.
     ///
     /// # Errors
     /// The device failed.
@@ -164,8 +164,28 @@ impl<B: Backend> Optimizer<B> {
         learning_rate: f64,
     ) -> Result<StepResult<B>> {
         self.step += 1;
+        model.backend().grad_norm(&mut self.norm, &self.grads)?;
+        self.apply(model, hyper, learning_rate)?;
+        self.request(model)
+    }
+
+    /// The first half of [`Optimizer::update`]: counts the step and asks for its loss and gradient norm. Whoever has seen them
+    /// does the other half, [`Optimizer::apply`] or [`Optimizer::skip`].
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn measure(&mut self, model: &mut Model<B>) -> Result<StepResult<B>> {
+        self.step += 1;
+        model.backend().grad_norm(&mut self.norm, &self.grads)?;
+        self.request(model)
+    }
+
+    /// Clips the measured gradients and applies them.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn apply(&mut self, model: &mut Model<B>, hyper: &Hyperparameters, learning_rate: f64) -> Result<()> {
         let (device, params) = model.backend_and_params();
-        device.grad_norm(&mut self.norm, &self.grads)?;
         let step = AdamWStep {
             step: self.step,
             learning_rate,
@@ -176,8 +196,20 @@ impl<B: Backend> Optimizer<B> {
             grad_clip: hyper.grad_clip,
         };
         let state = OptimizerState { params, m: &mut self.m, v: &mut self.v };
-        device.adamw_step(state, &self.grads, &self.norm, &self.plan, &step)?;
-        let first = Span { offset: 0, len: 1 };
+        device.adamw_step(state, &self.grads, &self.norm, &self.plan, &step)
+    }
+
+    /// Leaves the measured gradients out: weights and moments stay as they are.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn skip(&mut self, model: &mut Model<B>) -> Result<()> {
+        // A norm that is not finite would stay in its place for good.
+        model.backend().upload(&mut self.norm, 0, &[0.0])
+    }
+
+    fn request(&mut self, model: &mut Model<B>) -> Result<StepResult<B>> {
+        let (device, first) = (model.backend(), Span { offset: 0, len: 1 });
         Ok(StepResult { loss: device.request(&self.loss, first)?, norm: device.request(&self.norm, first)? })
     }
 

@@ -56,7 +56,7 @@ struct Line {
 }
 
 impl Run {
-    /// Reads a metrics file, or the only `.jsonl` file of a folder.
+    /// Reads a metrics file, or that of a folder: its `metrics.jsonl`, else its only `.jsonl` file.
     ///
     /// # Errors
     /// [`Error::Io`] when it cannot be read; [`Error::File`] naming the line that is no metrics record, or a file without
@@ -103,6 +103,10 @@ fn malformed(file: &Path, line: usize, error: &serde_json::Error) -> Error {
 fn metrics_file(path: &Path) -> Result<PathBuf> {
     if !path.is_dir() {
         return Ok(path.to_path_buf());
+    }
+    let of_run = path.join("metrics.jsonl");
+    if of_run.is_file() {
+        return Ok(of_run);
     }
     let entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
     let files: Vec<PathBuf> = entries

@@ -1,28 +1,16 @@
 //! The wgpu backend against the reference: operation by operation, then whole steps on the golden runs, then two runs
 //! against each other. Without an adapter these tests say so and pass; `BANDTRAIN_REQUIRE=wgpu` makes that a failure.
 
+mod adapter;
 mod agreement;
 #[path = "golden.rs"]
 mod golden;
 mod skip;
 
-use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu, adapters};
+use adapter::{checked, device};
+use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu};
 use bandtrain::backend::{Attention, Device, Role, SequenceDims};
 use bandtrain::tolerance::UNIT_F32;
-
-/// The device, or `None` with a visible line when there is none.
-fn device(options: &Options) -> Option<Wgpu> {
-    if adapters().is_empty() {
-        skip::skip("wgpu", "this machine has no adapter for Vulkan, Metal or DirectX 12");
-        return None;
-    }
-    Some(Wgpu::new(options).unwrap())
-}
-
-/// With bounds checks in the shaders.
-fn checked() -> Options {
-    Options { checked: true, ..Options::default() }
-}
 
 fn check_parity(options: &Options) {
     let Some(device) = device(options) else { return };

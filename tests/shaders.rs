@@ -1,10 +1,14 @@
-//! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has, and becomes
-//! SPIR-V, MSL and HLSL.
+//! Shaders without hardware: every instantiation is accepted by naga with the capabilities every adapter has (the path that
+//! is taken where there are subgroups: with these), and becomes SPIR-V, MSL and HLSL; where `tint`, Chrome's compiler, is
+//! installed, it accepts every one too.
+
+mod skip;
 
 use bandtrain::backend::wgpu::{Kernel, WORKGROUP_SIZES, dump_shaders, instantiations};
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, ValidationFlags, Validator};
 use std::collections::HashSet;
+use std::process::Command;
 
 /// Invocations of a workgroup and storage buffers that every WebGPU adapter has.
 const INVOCATIONS: u32 = 256;
@@ -15,11 +19,17 @@ fn all_instantiations() -> HashSet<Kernel> {
     WORKGROUP_SIZES.into_iter().flat_map(instantiations).collect()
 }
 
+/// Whether a kernel is for adapters with subgroups only.
+fn has_subgroups(source: &str) -> bool {
+    source.contains("@builtin(subgroup_id)")
+}
+
 fn parse(kernel: &Kernel) -> (naga::Module, ModuleInfo) {
     let source = kernel.source().unwrap();
     let module = naga::front::wgsl::parse_str(&source)
         .unwrap_or_else(|error| panic!("{}: {}", kernel.name(), error.emit_to_string(&source)));
-    let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
+    let capabilities = if has_subgroups(&source) { Capabilities::SUBGROUP } else { Capabilities::empty() };
+    let info = Validator::new(ValidationFlags::all(), capabilities)
         .validate(&module)
         .unwrap_or_else(|error| panic!("{}: {}", kernel.name(), error.emit_to_string(&source)));
     (module, info)
@@ -39,6 +49,27 @@ fn every_instantiation_becomes_spirv_msl_and_hlsl() {
         let (options, pipeline) = (hlsl::Options::default(), hlsl::PipelineOptions::default());
         hlsl::Writer::new(&mut text, &options, &pipeline).write(&module, &info, None).expect(&name);
         assert!(text.contains("numthreads("), "{name}: no HLSL kernel");
+    }
+}
+
+/// Chrome's compiler reads WGSL to the letter where naga is lenient: uniform control flow above all.
+#[test]
+fn tint_accepts_every_instantiation() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("shader.wgsl");
+    let tint = |source: &str| {
+        std::fs::write(&path, source).unwrap();
+        // Written again as WGSL, because only what is written is validated.
+        Command::new("tint").args(["--format", "wgsl", "-o"]).arg(dir.path().join("out.wgsl")).arg(&path).output()
+    };
+    let Ok(output) = tint("@compute @workgroup_size(1) fn broken() { barrier_of_no_kind(); }") else {
+        skip::skip("tint", "no program of that name, which compiles WGSL as Chrome does, is installed");
+        return;
+    };
+    assert!(!output.status.success(), "tint accepts anything");
+    for kernel in all_instantiations() {
+        let output = tint(&kernel.source().unwrap()).unwrap();
+        assert!(output.status.success(), "{}: {}", kernel.name(), String::from_utf8_lossy(&output.stderr));
     }
 }
 

@@ -5,12 +5,14 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What is no operation: a backend's machinery, and what kernels share.
-const HELPERS: [&str; 17] = [
+const HELPERS: [&str; 19] = [
     "mod",
     "common",
     "matrix",
     "reduce",
     "device",
+    "kept",
+    "memory",
     "buffer",
     "pipelines",
     "profile",

@@ -260,6 +260,11 @@ pub trait Device {
         None
     }
 
+    /// Bytes that a single buffer may have, where there is such a limit.
+    fn max_buffer_bytes(&self) -> Option<usize> {
+        None
+    }
+
     /// Bytes of one element of a buffer of this role.
     fn element_bytes(&self, role: Role) -> usize;
 
@@ -269,7 +274,7 @@ pub trait Device {
     /// A buffer of `len` zeros. `name` is for messages.
     ///
     /// # Errors
-    /// The device has not enough memory.
+    /// [`Error::OutOfMemory`](crate::Error::OutOfMemory): the device has not enough memory.
     fn alloc(&mut self, role: Role, name: &str, len: usize) -> Result<Self::Buffer>;
 
     /// A buffer of `len` tokens.

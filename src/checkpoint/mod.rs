@@ -9,8 +9,10 @@ mod hf;
 mod hf_tokenizer;
 mod llmc;
 mod safetensors;
+mod series;
 mod values;
 
+pub use series::{Keep, Series};
 pub use values::Encoding;
 
 use crate::config::GptConfig;

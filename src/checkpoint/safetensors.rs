@@ -25,6 +25,8 @@ const VERSION: u32 = 1;
 /// What precedes a tensor's name when it holds the first or the second moments.
 const FIRST: &str = "m.";
 const SECOND: &str = "v.";
+/// The metadata's key, behind the prefix of a set of tensors, for the CRC-32C of the set's bytes.
+const CHECKSUM: &str = "crc32c";
 /// No packing has panels of more rows or windows aligned to more columns.
 const MAX_PACKING: usize = 1 << 16;
 
@@ -41,6 +43,8 @@ pub fn write(path: &Path, checkpoint: &Checkpoint, moments: Option<&Moments>) ->
     let weights = &checkpoint.weights;
     let mut sets = vec![("", weights)];
     sets.extend(moments.into_iter().flat_map(|moments| [(FIRST, &moments.first), (SECOND, &moments.second)]));
+    let mut notes = notes(checkpoint)?;
+    notes.extend(sets.iter().map(|(prefix, set)| (format!("{prefix}{CHECKSUM}"), format!("{:08x}", checksum(set)))));
     let tensors: Vec<_> = sets
         .into_iter()
         .flat_map(|(prefix, set)| set.table().tensors().iter().map(move |&tensor| (prefix, set, tensor)))
@@ -53,7 +57,7 @@ pub fn write(path: &Path, checkpoint: &Checkpoint, moments: Option<&Moments>) ->
         let (_, set, tensor) = tensors[index];
         Cow::Borrowed(set.stored(tensor.param, tensor.layer))
     };
-    container::write(path, notes(checkpoint)?, &entries, stored)
+    container::write(path, notes, &entries, stored)
 }
 
 /// Reads a checkpoint.
@@ -97,15 +101,29 @@ fn open(path: &Path) -> Result<(Checkpoint, Container, Packing)> {
     Ok((Checkpoint { weights, meta: Meta { extra: notes, ..meta } }, container, packing))
 }
 
-/// Reads all tensors whose names begin with `prefix`.
+/// Reads all tensors whose names begin with `prefix`, and holds them to their checksum if the file has one.
 fn read_set(container: &mut Container, prefix: &str, config: &GptConfig, packing: Packing) -> Result<Weights> {
     let mut set = Weights::zeros(config)?;
     let table = set.table().clone();
+    let mut crc = 0;
     for &tensor in table.tensors() {
         let packed = table.band(tensor.param).map(|(band, _)| (band, packing));
-        read_tensor(container, prefix, &mut set, tensor, packed)?;
+        crc = read_tensor(container, prefix, &mut set, tensor, packed, crc)?;
     }
-    Ok(set)
+    match container.notes().get(&format!("{prefix}{CHECKSUM}")) {
+        Some(written) if *written != format!("{crc:08x}") => {
+            let what = "does not hold the numbers that were written to it (their checksum differs): it is damaged; copy it \
+                        again or use an earlier checkpoint";
+            Err(Error::file(container.path(), what))
+        }
+        _ => Ok(set),
+    }
+}
+
+/// CRC-32C of the bytes of all tensors, in order.
+fn checksum(set: &Weights) -> u32 {
+    let stored = set.table().tensors().iter().map(|tensor| set.stored(tensor.param, tensor.layer));
+    stored.fold(0, |crc, values| crc32c::crc32c_append(crc, bytemuck::cast_slice(values)))
 }
 
 /// The constants a file was packed with.
@@ -142,6 +160,9 @@ fn notes(checkpoint: &Checkpoint) -> Result<BTreeMap<String, String>> {
 /// Removes the format's own keys from the metadata and reads them.
 fn take_layout(notes: &mut BTreeMap<String, String>) -> Checked<(GptConfig, Packing)> {
     notes.remove("format");
+    for prefix in ["", FIRST, SECOND] {
+        notes.remove(&format!("{prefix}{CHECKSUM}"));
+    }
     let version = take_number(notes, "version")?;
     if version == 0 || version > VERSION as usize {
         return Err(format!(
@@ -212,29 +233,34 @@ fn check_tensors(container: &Container, config: &GptConfig, table: &ParamTable, 
     }
 }
 
-/// Reads one tensor to its place; a banded one comes with its band and the packing of the file.
+/// Reads one tensor to its place; a banded one comes with its band and the packing of the file. Returns `crc` with the tensor's
+/// bytes appended.
 fn read_tensor(
     container: &mut Container,
     prefix: &str,
     weights: &mut Weights,
     tensor: Tensor,
     packed: Option<(&Band, Packing)>,
-) -> Result<()> {
+    crc: u32,
+) -> Result<u32> {
+    let appended = |values: &[f32]| crc32c::crc32c_append(crc, bytemuck::cast_slice(values));
     let name = format!("{prefix}{}", tensor.name());
     let stored = weights.stored_mut(tensor.param, tensor.layer);
     let Some((band, packing)) = packed else {
-        return container.read(&name, stored);
+        container.read(&name, stored)?;
+        return Ok(appended(stored));
     };
     let panels = packing.panels(band);
     if panels == band.panels() {
         container.read(&name, stored)?;
-        return check_slots(container.path(), &name, band, &panels, stored);
+        check_slots(container.path(), &name, band, &panels, stored)?;
+        return Ok(appended(stored));
     }
     let mut foreign = vec![0.0; panels.iter().map(Panel::len).sum()];
     container.read(&name, &mut foreign)?;
     check_slots(container.path(), &name, band, &panels, &foreign)?;
     repack(band, &panels, &foreign, stored);
-    Ok(())
+    Ok(appended(&foreign))
 }
 
 fn check_slots(path: &Path, name: &str, band: &Band, panels: &[Panel], packed: &[f32]) -> Result<()> {

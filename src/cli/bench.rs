@@ -25,13 +25,14 @@ BANDTRAIN_WGPU_TUNING holds KEY=VALUE pairs, separated by semicolons, that repla
 adapter's kind, in every command. Tiles are ROWSxCOLUMNSxDEPTH:RxC, with R x C results for a thread; several are separated \
 by commas.
   dense      up to three tiles of dense products, by falling size
-  expand     FC1 forward, FC2 input gradient: for many rows, for few; 64 or 128 columns
-  contract   FC2 forward, FC1 input gradient: for many rows, for few
+  expand     FC1 forward, FC2 input gradient: for much work, for little; 64 or 128 columns
+  contract   FC2 forward, FC1 input gradient: for much work, for little
   outer      weight gradients; 64 or 128 rows
   attention  64xSPAN:RxC, R x C scores for a thread: forward, backward; SPAN 32 or 64
   busy       threads that keep the adapter busy: tiles shrink, deep sums are shared out
   unroll     steps of the depth that loops are unrolled by
-  buffers    of a product's operands: 1, or 2 where there is room")]
+  buffers    of a product's operands: 1, or 2 where there is room
+  slice      columns of a band's tile that are skipped together: 32, 64 or 128")]
 pub struct BenchArgs {
     /// What to time
     #[arg(value_enum, default_value = "kernels")]

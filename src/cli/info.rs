@@ -9,7 +9,7 @@ use crate::backend::wgpu;
 use crate::backend::{Arithmetic, Backend, Device};
 use crate::config::{GptConfig, preset};
 use crate::error::{Error, Result};
-use crate::memory::{MemoryEstimate, stored_elements};
+use crate::memory::{MemoryEstimate, Room, stored_elements};
 use crate::output::{bytes, grouped};
 use crate::say;
 use crate::shapes::{Param, ParamTable};
@@ -52,15 +52,6 @@ pub struct InfoArgs {
     json: bool,
 }
 
-/// What the device has to give.
-#[derive(Clone, Copy)]
-struct Budget {
-    /// Bytes free.
-    free: usize,
-    /// The largest B that fits; 0 when none does.
-    largest: usize,
-}
-
 struct Info {
     config: GptConfig,
     batch: usize,
@@ -101,7 +92,8 @@ fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
     for arithmetic in [Arithmetic::Fp32, Arithmetic::Tf32, Arithmetic::Bf16] {
         uses.extend(cuda::kernel_uses(arithmetic, architecture)?);
     }
-    let spilling: Vec<&cuda::KernelUse> = uses.iter().filter(|kernel| kernel.spills != [0; 3]).collect();
+    let is_slow = |kernel: &&cuda::KernelUse| kernel.spills != [0; 3] || kernel.serialized;
+    let slow: Vec<&cuda::KernelUse> = uses.iter().filter(is_slow).collect();
     if json {
         say!("{}", serde_json::json!({ "nvrtc": [major, minor], "architecture": architecture, "kernels": uses }))?;
     } else {
@@ -119,13 +111,14 @@ fn cuda_kernels(architecture: u32, json: bool) -> Result<()> {
             let cuda::KernelUse { unit, entry, precision, threads, registers, shared_memory, sm89_warps, .. } = kernel;
             say!("{entry:<27} {precision:>9} {threads:>7} {registers:>9} {shared_memory:>12} {sm89_warps:>6}  {unit}")?;
         }
-        say!("{} kernels, {} of them spill or use a stack", uses.len(), spilling.len())?;
+        say!("{} kernels, {} of them spill, use a stack or wait between products", uses.len(), slow.len())?;
     }
-    match spilling.first() {
+    match slow.first() {
         None => Ok(()),
         Some(kernel) => Err(Error::Internal(format!(
-            "{} kernels spill on sm_{architecture} with NVRTC {major}.{minor}, the first is {} of {}",
-            spilling.len(),
+            "{} kernels spill, use a stack or wait between products on sm_{architecture} with NVRTC {major}.{minor}, the first \
+             is {} of {}",
+            slow.len(),
             kernel.entry,
             kernel.unit
         ))),
@@ -157,19 +150,21 @@ impl Task for Info {
 
     fn run<B: Backend>(self, backend: B) -> Result<()> {
         let estimate = MemoryEstimate::new(&backend, &self.config, self.batch, self.tokens)?;
-        let budget = match backend.free_bytes() {
+        let room = Room::of(&backend);
+        let largest = match room.free {
             None => None,
-            Some(free) => {
-                let largest = MemoryEstimate::largest_batch(&backend, &self.config, self.tokens, free)?;
-                Some(Budget { free, largest })
-            }
+            Some(_) => Some(MemoryEstimate::largest_batch(&backend, &self.config, self.tokens, room)?),
         };
-        if self.json { self.print_json(&backend, &estimate, budget) } else { self.print(&backend, &estimate, budget) }
+        match self.json {
+            true => self.print_json(&backend, &estimate, room, largest),
+            false => self.print(&backend, &estimate, room.free.zip(largest)),
+        }
     }
 }
 
 impl Info {
-    fn print<B: Backend>(&self, backend: &B, estimate: &MemoryEstimate, budget: Option<Budget>) -> Result<()> {
+    /// `budget` is what is free, and the largest B that fits.
+    fn print<B: Backend>(&self, backend: &B, estimate: &MemoryEstimate, budget: Option<(usize, usize)>) -> Result<()> {
         let Info { config, batch, tokens, preset, .. } = self;
         let table = ParamTable::new(config)?;
         say!("Devices")?;
@@ -225,17 +220,23 @@ impl Info {
         }
         say!("  {:<16} {:>35}", "total", bytes(estimate.total()))?;
         match budget {
-            None => Ok(()),
-            Some(Budget { free, largest: 0 }) => {
+            None => say!("The largest batch is not known: the device does not tell how much memory is free"),
+            Some((free, 0)) => {
                 say!("No batch of T={tokens} fits into the {} that are free", bytes(free))
             }
-            Some(Budget { free, largest }) => {
+            Some((free, largest)) => {
                 say!("Largest batch of T={tokens} that fits into the {} that are free: B={largest}", bytes(free))
             }
         }
     }
 
-    fn print_json<B: Backend>(&self, backend: &B, estimate: &MemoryEstimate, budget: Option<Budget>) -> Result<()> {
+    fn print_json<B: Backend>(
+        &self,
+        backend: &B,
+        estimate: &MemoryEstimate,
+        room: Room,
+        largest: Option<usize>,
+    ) -> Result<()> {
         let table = ParamTable::new(&self.config)?;
         let rows = |rows: &[crate::memory::MemoryRow]| -> Vec<_> {
             rows.iter().map(|r| serde_json::json!({ "name": r.name, "copies": r.copies, "bytes": r.bytes })).collect()
@@ -249,8 +250,9 @@ impl Info {
             "seq_len": self.tokens,
             "memory": { "parameters": rows(&estimate.parameters), "activations": rows(&estimate.activations) },
             "total_bytes": estimate.total(),
-            "free_bytes": budget.map(|budget| budget.free),
-            "largest_batch": budget.map(|budget| budget.largest),
+            "free_bytes": room.free,
+            "max_buffer_bytes": room.max_buffer,
+            "largest_batch": largest,
         });
         say!("{json}")
     }

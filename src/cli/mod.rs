@@ -9,12 +9,14 @@ mod eval;
 mod generate;
 mod info;
 mod init;
+mod outputs;
 mod parity;
 mod parse;
 mod plot;
 mod resume;
 mod tokenize;
 mod train;
+mod train_options;
 
 use crate::error::{Error, Result};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -26,23 +28,24 @@ Examples:
   bandtrain                                   train a small model on the built-in toy corpus
   bandtrain -i train.bin -j val.bin -w 1024   train the experiment's model, FC1 banded at 43.8 %
   bandtrain generate -e model.safetensors -n 100
+'bandtrain train --help' shows how to start, interrupt, resume, plot and export a long run;
 'bandtrain COMMAND --help' explains a command.";
 
 /// Trains, evaluates and samples GPT-2 language models whose MLP layers are banded.
 ///
 /// Without a command it trains (as 'bandtrain train' does); without data it trains on a built-in toy corpus.
 #[derive(Parser)]
-#[command(name = "bandtrain", version, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
+#[command(name = "bandtrain", version = crate::VERSION, after_help = AFTER_HELP, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    train: train::TrainOptions,
+    train: train_options::TrainOptions,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    Train(Box<train::TrainOptions>),
+    Train(Box<train_options::TrainOptions>),
     Generate(generate::GenerateArgs),
     Eval(eval::EvalArgs),
     Init(init::InitArgs),

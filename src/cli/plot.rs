@@ -9,7 +9,7 @@ const AFTER_HELP: &str = "\
 Examples:
   bandtrain -n 300 --metrics run.jsonl
   bandtrain plot run.jsonl --output run.svg
-  bandtrain plot dense.jsonl banded.jsonl --output both.png";
+  bandtrain plot runs/dense runs/banded --output both.png";
 
 /// Draws loss, gradient norm, learning rate and throughput of runs
 ///
@@ -17,7 +17,7 @@ Examples:
 #[derive(clap::Args)]
 #[command(after_help = AFTER_HELP)]
 pub struct PlotArgs {
-    /// Metrics files (JSON lines, as --metrics writes them), or folders with one each
+    /// Folders that --run names, or metrics files (JSON lines, as --metrics writes them)
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
     /// Picture to write, .svg or .png

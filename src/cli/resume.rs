@@ -1,17 +1,16 @@
 //! `--resume`: which options make a run what it is, and the checkpoint it goes on from.
 
-use super::train::TrainOptions;
-use crate::checkpoint::{self, Format};
+use super::train_options::TrainOptions;
+use crate::checkpoint::{self, Series};
 use crate::config::GptConfig;
 use crate::data::Loader;
 use crate::error::{Error, Result};
-use crate::train::{BATCHES_KEY, Progress};
+use crate::train::Progress;
 use crate::weights::Weights;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 /// Options that change what a run computes. The number of steps is one only where the schedule depends on it.
-const DECISIVE: [&str; 12] = [
+const DECISIVE: [&str; 14] = [
     "shuffle",
     "batch-size",
     "seq-len",
@@ -23,6 +22,8 @@ const DECISIVE: [&str; 12] = [
     "beta2",
     "weight-decay",
     "grad-clip",
+    "skip-loss-zscore",
+    "skip-grad-zscore",
     "seed",
 ];
 /// What precedes their names in a checkpoint's metadata.
@@ -34,6 +35,8 @@ pub struct Resumed {
     pub weights: Weights,
     /// How far it had come.
     pub progress: Progress,
+    /// What made it what it was, among other metadata.
+    run: BTreeMap<String, String>,
 }
 
 /// What makes a run the same run, as entries for its checkpoints' metadata.
@@ -65,55 +68,73 @@ pub fn identity(
     Ok(entries.into_iter().map(|(key, value)| (format!("{PREFIX}{key}"), value)).collect())
 }
 
-/// Loads the checkpoint at `path` when there is one; says what it found in `notes`.
+/// Refuses to start a run afresh among the older checkpoints of another, which it would remove one after the other.
 ///
 /// # Errors
-/// [`Error::Usage`] when the checkpoint is of llm.c's format, which has no room for moments, or when the run has changed
-/// and `force` is not given; [`Error::File`] when it is damaged or holds no moments.
+/// [`Error::File`] naming one of them.
+pub fn check_fresh(series: &Series) -> Result<()> {
+    match series.any_older()? {
+        None => Ok(()),
+        Some(older) => Err(Error::file(
+            older,
+            "is left from an earlier run of this name; go on from it with --resume, move it away, or choose another -c",
+        )),
+    }
+}
+
+/// Loads the newest whole checkpoint of a run when there is one; says what it found in `notes`.
+///
+/// # Errors
+/// [`Error::Usage`] when the run has changed and `force` is not given; [`Error::File`] when there are checkpoints but none
+/// that is whole and holds moments.
 pub fn find(
-    path: &Path,
+    series: &Series,
     run: &BTreeMap<String, String>,
     config: &GptConfig,
     force: bool,
     notes: &mut Vec<String>,
 ) -> Result<Option<Resumed>> {
-    if Format::of_path(path)? != Format::Safetensors {
-        return Err(Error::usage(format!(
-            "cannot resume from {}: llm.c's format has no room for moments; end the checkpoint's name in .safetensors",
-            path.display()
-        )));
-    }
-    if !path.exists() {
-        notes.push(format!("nothing to resume from: there is no {} yet; starting fresh", path.display()));
+    let Some(Resumed { weights, progress, run: before }) = newest(series, notes)? else {
+        notes.push(format!("nothing to resume from: there is no {} yet; starting fresh", series.native().display()));
         return Ok(None);
-    }
-    let (checkpoint, moments) = checkpoint::load_with_moments(path)?;
-    if checkpoint.weights.config() != config {
+    };
+    let path = progress.file.display();
+    if weights.config() != config {
         return Err(Error::usage(format!(
-            "cannot resume from {}: its model has other sizes or bandwidths ({:?}) than the one asked for ({config:?}); \
+            "cannot resume from {path}: its model has other sizes or bandwidths ({:?}) than the one asked for ({config:?}); \
              give the sizes it was trained with, or start from it with -e",
-            path.display(),
-            checkpoint.weights.config()
+            weights.config()
         )));
     }
-    let changes = changes(&checkpoint.meta.extra, run);
+    let changes = changes(&before, run);
     if !changes.is_empty() && !force {
         return Err(Error::usage(format!(
-            "cannot resume from {}: {}; restore these options, or give --force to go on with the new ones",
-            path.display(),
+            "cannot resume from {path}: {}; restore these options, or give --force to go on with the new ones",
             changes.join(", ")
         )));
     }
-    let (step, batches) = (checkpoint.meta.step, checkpoint.meta.extra.get(BATCHES_KEY));
-    let Some(batches) = batches.and_then(|batches| batches.parse().ok()) else {
-        return Err(Error::file(
-            path,
-            "does not say how far its run had come in the data; start from it with -e instead",
-        ));
-    };
-    notes.push(format!("resuming after step {step} from {}", path.display()));
+    notes.push(format!("resuming after step {} from {path}", progress.step));
     notes.extend((!changes.is_empty()).then(|| format!("forced to change {}", changes.join(", "))));
-    Ok(Some(Resumed { weights: checkpoint.weights, progress: Progress { step, batches, moments } }))
+    Ok(Some(Resumed { weights, progress, run: before }))
+}
+
+/// The newest checkpoint that is whole; each damaged one before it is noted. `None` when there are no checkpoints.
+fn newest(series: &Series, notes: &mut Vec<String>) -> Result<Option<Resumed>> {
+    let mut newest_error = None;
+    for file in series.files()? {
+        let loaded = checkpoint::load_with_moments(&file).and_then(|(checkpoint, moments)| {
+            let progress = Progress::of(&file, &checkpoint.meta, moments)?;
+            Ok(Resumed { weights: checkpoint.weights, progress, run: checkpoint.meta.extra })
+        });
+        match loaded {
+            Err(error @ Error::File { .. }) => {
+                notes.push(format!("{error}; looking for the checkpoint before it"));
+                newest_error.get_or_insert(error);
+            }
+            loaded => return loaded.map(Some),
+        }
+    }
+    newest_error.map_or(Ok(None), Err)
 }
 
 /// What differs between the run that wrote a checkpoint and this one, in words.

@@ -1,307 +1,41 @@
-//! `bandtrain train`, and `bandtrain` without a command: options, their defaults, their checks, and the training.
+//! `bandtrain train`, and `bandtrain` without a command: the options' defaults, their checks, and the training.
 //!
-//! Options come from the command line and from a TOML file (`--config`); the command line wins. What was left open is
-//! filled in by the preset and the recipe, and the result is written beside the checkpoint as another such file.
+//! What the options leave open is filled in by the preset and the recipe, and the result is written beside the checkpoint
+//! as a file that `--config` takes.
 
-use super::device::{BackendName, DeviceArgs, Precision, Task, with_backend};
+use super::device::{Task, with_backend};
 use super::eval::check_seq_len;
-use super::parse;
+use super::outputs::Outputs;
 use super::resume::{self, Resumed};
-use crate::atomic::AtomicFile;
+use super::train_options::TrainOptions;
 use crate::backend::Backend;
-use crate::checkpoint::{self, Format};
+use crate::checkpoint::{self, Keep, Series};
 use crate::config::{BYTES_VOCAB, GptConfig, Preset, preset};
-use crate::data::{Loader, Shuffle, Tokenizer, matching_files, same_file, toy};
+use crate::data::{Loader, Shuffle, Tokenizer, toy};
 use crate::error::{Error, Result};
+use crate::every::Every;
+use crate::interrupt;
 use crate::memory::MemoryEstimate;
-use crate::metrics::Reporter;
 use crate::model::Model;
-use crate::optim::{Hyperparameters, Recipe, Schedule};
+use crate::optim::{Hyperparameters, Recipe};
 use crate::output::{grouped, loss};
+use crate::report::{Reporter, Show};
 use crate::shapes::{Param, ParamTable};
+use crate::train::spike::SpikeRule;
 use crate::train::{Progress, TrainPlan, Trainer};
 use crate::weights::Weights;
-use clap::builder::NonEmptyStringValueParser;
-use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::IsTerminal;
+use std::path::Path;
 
 /// The experiment's data, used when it is there and nothing else is named.
 const DEFAULT_TRAIN_DATA: &str = "data/tinystories/TinyStories_train.bin";
 const DEFAULT_VAL_DATA: &str = "data/tinystories/TinyStories_val.bin";
 
-const AFTER_HELP: &str = "\
-Examples:
-  bandtrain train                                          the toy corpus, about a minute
-  bandtrain train -i train.bin -j val.bin -w 1024 -n 3000  the experiment's model, FC1 banded
-  bandtrain train -e model.safetensors -i train.bin -n 500 go on from saved weights";
-
-/// Trains a model
-///
-/// Without data it takes data/tinystories/ if that exists, else the built-in toy corpus; without a model the preset that
-/// suits the data. Everything not given comes from the preset and the recipe, and is written beside the checkpoint.
-#[derive(Debug, Clone, Default, clap::Args, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-#[command(after_help = AFTER_HELP)]
-pub struct TrainOptions {
-    /// TOML file with options by their long names; the command line wins over it
-    #[arg(long, value_name = "FILE", help_heading = "Run")]
-    #[serde(skip)]
-    config: Option<PathBuf>,
-    /// Model to start from, any known format
-    #[arg(long, short = 'e', value_name = "FILE", help_heading = "Model")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    init: Option<PathBuf>,
-    /// Sizes and defaults: toy, tinystories-7m, tinystories-51m, gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    #[arg(long, value_name = "NAME", help_heading = "Model", conflicts_with = "init")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    preset: Option<String>,
-    /// Bandwidth of FC1, 0 is dense [default: the preset's or the model's; also -1]
-    #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fc1_bandwidth: Option<usize>,
-    /// Bandwidth of FC2, 0 is dense [default: the preset's or the model's]
-    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    fc2_bandwidth: Option<usize>,
-    /// 1: FC1 and FC2 dense, whatever the bandwidths
-    #[arg(long, short = 'd', value_parser = parse::switch, value_name = "0|1", help_heading = "Model", num_args = 0..=1,
-          default_missing_value = "1")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    dense: Option<bool>,
-
-    /// Training token files (path or glob)
-    #[arg(long, short = 'i', value_parser = NonEmptyStringValueParser::new(), value_name = "FILES",
-          help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    train_data: Option<String>,
-    /// Validation token files (path or glob)
-    #[arg(long, short = 'j', value_parser = NonEmptyStringValueParser::new(), value_name = "FILES",
-          help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    val_data: Option<String>,
-    /// Order of batches: llmc (shuffled as llm.c does) or none (as they lie) [default: llmc]
-    #[arg(long, value_enum, value_name = "ORDER", help_heading = "Data")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    shuffle: Option<Shuffle>,
-
-    /// Optimizer steps [default: the preset's]
-    #[arg(long, short = 'n', value_parser = parse::positive_steps, value_name = "N", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    steps: Option<u64>,
-    /// Sequences per batch [default: the preset's]
-    #[arg(long, short = 'b', value_parser = parse::positive, value_name = "N", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    batch_size: Option<usize>,
-    /// Tokens per sequence [default: the model's longest]
-    #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seq_len: Option<usize>,
-    /// Batches whose gradients make up one step [default: 1]
-    #[arg(long, value_parser = parse::positive, value_name = "N", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    grad_accum: Option<usize>,
-    /// Learning rate at its peak [default: the preset's]
-    #[arg(long, short = 'l', value_parser = parse::above_zero, value_name = "F", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    learning_rate: Option<f64>,
-    /// How the learning rate runs [default: constant; toy: cosine]
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Training")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    schedule: Option<Schedule>,
-    /// Steps of linear warm-up [default: 0; toy: 20]
-    #[arg(long, value_parser = parse::steps, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    warmup: Option<u64>,
-    /// Optimizer settings by name [default: stable]
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Training")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    recipe: Option<Recipe>,
-    /// AdamW's first decay [default: the recipe's]
-    #[arg(long, value_parser = parse::below_one, value_name = "F", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    beta1: Option<f64>,
-    /// AdamW's second decay [default: the recipe's]
-    #[arg(long, value_parser = parse::below_one, value_name = "F", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    beta2: Option<f64>,
-    /// Decay of the matrices [default: the recipe's]
-    #[arg(long, value_parser = parse::not_negative, value_name = "F", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    weight_decay: Option<f64>,
-    /// Global gradient norm to clip at, 0 is off [default: the recipe's]
-    #[arg(long, value_parser = parse::not_negative, value_name = "F", help_heading = "Training",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    grad_clip: Option<f64>,
-    /// Seed of weights, batch order and samples [default: 42]
-    #[arg(long, value_parser = parse::seed, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    seed: Option<u64>,
-
-    /// Steps between validations, 0 is never [default: the preset's]
-    #[arg(long, short = 'v', value_parser = parse::steps, value_name = "N", help_heading = "Reports",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    val_every: Option<u64>,
-    /// Most batches of a validation, 0 is all [default: 20]
-    #[arg(long, short = 'm', value_parser = parse::count, value_name = "N", help_heading = "Reports",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    val_batches: Option<usize>,
-    /// Steps between samples, 0 is never [default: the preset's]
-    #[arg(long, short = 's', value_parser = parse::steps, value_name = "N", help_heading = "Reports",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sample_every: Option<u64>,
-    /// Tokens of a sample [default: 256]
-    #[arg(long, short = 'g', value_parser = parse::positive, value_name = "N", help_heading = "Reports",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    sample_tokens: Option<usize>,
-    /// Log file in llm.c's format: s:STEP trl:LOSS, s:STEP tel:LOSS
-    #[arg(long, short = 'o', value_name = "FILE", help_heading = "Reports")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    log: Option<PathBuf>,
-    /// JSON-lines file: one object for each step and each validation
-    #[arg(long, value_name = "FILE", help_heading = "Reports")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    metrics: Option<PathBuf>,
-    /// Print nothing but errors
-    #[arg(long, help_heading = "Reports")]
-    #[serde(skip_serializing_if = "is_false")]
-    quiet: bool,
-
-    /// Checkpoint to write, .safetensors (native) or .bin (llm.c) [default: runs/PRESET.safetensors]
-    #[arg(long, short = 'c', value_name = "FILE", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    checkpoint: Option<PathBuf>,
-    /// Go on from the checkpoint where it stops, bit for bit; without one start fresh
-    #[arg(long, help_heading = "Run")]
-    #[serde(skip_serializing_if = "is_false")]
-    resume: bool,
-    /// Resume even when a changed option makes it another run
-    #[arg(long, help_heading = "Run")]
-    #[serde(skip)]
-    force: bool,
-    /// Steps between checkpoints, 0 is at the end only [default: 0]
-    #[arg(long, short = 'k', value_parser = parse::steps, value_name = "N", help_heading = "Run",
-          allow_negative_numbers = true)]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    checkpoint_every: Option<u64>,
-    /// Where to compute [default: auto]
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    backend: Option<BackendName>,
-    /// wgpu: the adapter, by its index or a part of its name ('bandtrain info' lists them)
-    #[arg(long, value_name = "NAME|INDEX", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    adapter: Option<String>,
-    /// How to compute [default: auto]
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Run")]
-    #[serde(skip_serializing_if = "Option::is_none")]
-    precision: Option<Precision>,
-}
-
-fn is_false(value: &bool) -> bool {
-    !value
-}
-
-/// Takes each named field from the other options where it is open here.
-macro_rules! fill {
-    ($options:ident, $others:ident: $($field:ident)*) => { $($options.$field = $options.$field.take().or($others.$field);)* };
-}
-
-impl TrainOptions {
-    /// These options, with what they leave open taken from others.
-    fn or(mut self, others: TrainOptions) -> TrainOptions {
-        // A model named here replaces the other's, whichever way that one is named.
-        if self.init.is_none() && self.preset.is_none() {
-            fill!(self, others: init preset);
-        }
-        // So does a recipe the other's settings, and a bandwidth asked for here the other's wish for a dense model.
-        if self.recipe.is_none() {
-            fill!(self, others: recipe beta1 beta2 weight_decay grad_clip);
-        }
-        if self.fc1_bandwidth.is_none() && self.fc2_bandwidth.is_none() {
-            fill!(self, others: dense);
-        }
-        fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
-            learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log metrics checkpoint
-            checkpoint_every backend adapter precision);
-        self.quiet |= others.quiet;
-        self.resume |= others.resume;
-        self
-    }
-
-    /// The options that choose a device.
-    fn device(&self) -> DeviceArgs {
-        DeviceArgs {
-            backend: self.backend.unwrap_or(BackendName::Auto),
-            adapter: self.adapter.clone(),
-            precision: self.precision.unwrap_or(Precision::Auto),
-        }
-    }
-
-    /// Adds the options of the file named by `--config`.
-    fn with_file(self) -> Result<TrainOptions> {
-        let Some(path) = self.config.clone() else { return Ok(self) };
-        let text = read_text(&path)?;
-        let file: TrainOptions = toml::from_str(&text).map_err(|error| {
-            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            Error::file(
-                &path,
-                format!("line {line}: {}; options go by their long names, as in steps = 300", error.message()),
-            )
-        })?;
-        file.check(&path)?;
-        Ok(self.or(file))
-    }
-
-    /// Holds values from a file to what the command line accepts.
-    fn check(&self, path: &Path) -> Result<()> {
-        let command = <TrainOptions as clap::Args>::augment_args(clap::Command::new("file").no_binary_name(true));
-        let table = toml::Value::try_from(self).map_err(|error| Error::file(path, error.to_string()))?;
-        let values = table.as_table().into_iter().flatten().filter(|(_, value)| !value.is_bool());
-        let args = values.map(|(key, value)| match value {
-            toml::Value::String(text) => format!("--{key}={text}"),
-            number => format!("--{key}={number}"),
-        });
-        command.try_get_matches_from(args).map(|_| ()).map_err(|error| Error::file(path, super::sentence(&error)))
-    }
-}
-
-/// The text of a file of options.
-fn read_text(path: &Path) -> Result<String> {
-    const MOST_BYTES: u64 = 1 << 20;
-    let mut bytes = Vec::new();
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    file.take(MOST_BYTES + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(Error::file(path, "is larger than any file of options; name a TOML file"));
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        let at = error.utf8_error().valid_up_to();
-        Error::file(path, format!("is not UTF-8 text (byte {at}); name a TOML file"))
-    })
-}
-
 /// A checked training: every option has its value.
 struct TrainConfig {
     options: TrainOptions,
     plan: TrainPlan,
+    outputs: Outputs,
     weights: Weights,
     name: String,
     tokenizer: Option<Tokenizer>,
@@ -319,6 +53,11 @@ pub fn run(options: TrainOptions) -> Result<()> {
     let options = options.with_file()?;
     if options.force && !options.resume {
         return Err(Error::usage("--force lets --resume go on with changed options; give it together with --resume"));
+    }
+    if options.dashboard && !std::io::stdout().is_terminal() {
+        return Err(Error::usage(
+            "--dashboard draws on a terminal, and standard output is none; leave it out, or write files with --run",
+        ));
     }
     with_backend(&options.device(), options)
 }
@@ -351,7 +90,8 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     let start = start(&mut options, &source)?;
     let (config, name) = (start.config, start.name.clone());
     let seed = *options.seed.get_or_insert(42);
-    let mut plan = plan(&mut options, &start.defaults, &config, &name)?;
+    let outputs = Outputs::new(&mut options, &name)?;
+    let mut plan = plan(&mut options, &start.defaults, &config, &outputs)?;
     let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
     let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
     let (batch, tokens, vocab) = (plan.batch_size, plan.seq_len, config.vocab_size);
@@ -387,17 +127,22 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     }
     MemoryEstimate::check(backend, &config, plan.batch_size, plan.seq_len)?;
     plan.notes = resume::identity(&options, &config, &train, val.as_ref())?;
+    let series = Series::new(&plan.checkpoint, plan.keep)?;
     let resumed = match options.resume {
-        true => resume::find(&plan.checkpoint, &plan.notes, &config, options.force, &mut notes)?,
-        false => None,
+        true => resume::find(&series, &plan.notes, &config, options.force, &mut notes)?,
+        false => {
+            outputs.check_fresh()?;
+            resume::check_fresh(&series)?;
+            None
+        }
     };
     let (weights, progress) = match resumed {
-        Some(Resumed { weights, progress }) => (weights, Some(progress)),
+        Some(Resumed { weights, progress, .. }) => (weights, Some(progress)),
         None => (start.weights(seed, &mut notes)?, None),
     };
-    check_outputs(&options, &plan.checkpoint)?;
-    check_writable(&plan.checkpoint)?;
-    Ok(TrainConfig { options, plan, weights, name, tokenizer, train, val, notes, progress })
+    outputs.check_apart(&options, series.native())?;
+    outputs.check_writable()?;
+    Ok(TrainConfig { options, plan, outputs, weights, name, tokenizer, train, val, notes, progress })
 }
 
 /// What a training starts from: the model's name and sizes, the preset whose defaults apply, and the weights if they come
@@ -457,10 +202,11 @@ fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
 }
 
 /// The plan, with every option that it takes filled in.
-fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name: &str) -> Result<TrainPlan> {
+fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outputs: &Outputs) -> Result<TrainPlan> {
     let recipe = options.recipe.get_or_insert(Recipe::Stable).hyperparameters();
-    let checkpoint = options.checkpoint.get_or_insert_with(|| PathBuf::from(format!("runs/{name}.safetensors")));
-    Format::of_path(checkpoint)?;
+    // Off is the same as not given, for --resume too.
+    options.skip_loss_zscore = options.skip_loss_zscore.filter(|&zscore| zscore > 0.0);
+    options.skip_grad_zscore = options.skip_grad_zscore.filter(|&zscore| zscore > 0.0);
     let seq_len = *options.seq_len.get_or_insert(config.max_seq_len);
     check_seq_len(seq_len, config.max_seq_len)?;
     let plan = TrainPlan {
@@ -481,8 +227,13 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
         val_batches: *options.val_batches.get_or_insert(20),
         sample_every: *options.sample_every.get_or_insert(defaults.sample_every),
         sample_tokens: *options.sample_tokens.get_or_insert(256),
-        checkpoint_every: *options.checkpoint_every.get_or_insert(0),
-        checkpoint: checkpoint.clone(),
+        skip: SpikeRule {
+            loss_zscore: options.skip_loss_zscore.unwrap_or(0.0),
+            grad_zscore: options.skip_grad_zscore.unwrap_or(0.0),
+        },
+        checkpoint_every: *options.checkpoint_every.get_or_insert(Every::Steps(0)),
+        keep: Keep { last: options.keep, milestone_every: options.milestone_every.unwrap_or(0) },
+        checkpoint: outputs.checkpoint.clone(),
         seed: options.seed.unwrap_or(42),
         notes: Default::default(),
     };
@@ -496,80 +247,44 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, name:
     Ok(plan)
 }
 
-/// Refuses to write over what the training reads, or two things into one file.
-fn check_outputs(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
-    // Its own checkpoint and its own resolved options may go in and out: they are read whole before they are replaced.
-    let resolved = resolved_path(checkpoint);
-    let mut inputs: Vec<(PathBuf, Option<&Path>)> = Vec::new();
-    inputs.extend(options.init.iter().map(|init| (init.clone(), Some(checkpoint))));
-    inputs.extend(options.config.iter().map(|config| (config.clone(), Some(resolved.as_path()))));
-    for data in [&options.train_data, &options.val_data].into_iter().flatten() {
-        inputs.extend(matching_files(data)?.into_iter().map(|file| (file, None)));
-    }
-    let named = [options.log.as_deref(), options.metrics.as_deref(), Some(checkpoint), Some(&resolved)];
-    let outputs: Vec<&Path> = named.into_iter().flatten().collect();
-    for (index, &output) in outputs.iter().enumerate() {
-        let overwritten = |(input, successor): &(PathBuf, _)| *successor != Some(output) && same_file(input, output);
-        if inputs.iter().any(overwritten) {
-            return Err(Error::file(
-                output,
-                "is an input of the training and would be overwritten; name another output",
-            ));
-        }
-        if outputs[..index].iter().any(|other| same_file(other, output)) {
-            return Err(Error::file(output, "would be written twice; name different files for -c, -o and --metrics"));
-        }
-    }
-    Ok(())
-}
-
-/// Where the resolved options of a training go.
-fn resolved_path(checkpoint: &Path) -> PathBuf {
-    checkpoint.with_extension("toml")
-}
-
-/// Finds out before hours of training whether a checkpoint can be written at its end.
-fn check_writable(checkpoint: &Path) -> Result<()> {
-    let folder = match checkpoint.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    if checkpoint.is_dir() {
-        return Err(Error::file(checkpoint, "is a folder; name a file for the checkpoint"));
-    }
-    tempfile::tempfile_in(folder).map(|_| ()).map_err(Error::io("write to", folder))
-}
-
 impl TrainConfig {
     fn train<B: Backend>(mut self, backend: B) -> Result<()> {
         let plan = &self.plan;
-        let (metrics, log) = (self.options.metrics.as_deref(), self.options.log.as_deref());
-        let quiet = self.options.quiet;
-        let mut reporter = match &self.progress {
-            None => Reporter::new(plan.steps, quiet, metrics, log)?,
-            Some(progress) => Reporter::resume(plan.steps, quiet, metrics, log, progress.step)?,
-        };
         let why = self.options.device().chosen().1.map(|why| format!(" ({why})")).unwrap_or_default();
         let device = format!("{}, {}{why}", backend.description(), backend.arithmetic().name());
+        let show = match (self.options.quiet, self.options.dashboard) {
+            (true, _) => Show::Nothing,
+            (false, true) => Show::Dashboard,
+            (false, false) => Show::Lines,
+        };
+        let after = self.progress.as_ref().map(|progress| progress.step);
+        let interrupt = interrupt::listen()?;
+        let mut reporter = Reporter::new(plan.steps, show, &device, &self.outputs.reports, after)?;
+        self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
         describe(&self.name, &self.weights, plan, &self.train, &device, &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
         }
-        write_resolved(&self.options, &plan.checkpoint)?;
-        let interrupt = interrupt_flag()?;
         let mut model = Model::new(backend, &self.weights)?;
         // From here on the weights live on the device.
         drop(self.weights);
-        let mut trainer = Trainer::new(plan, &mut model, self.tokenizer, &mut reporter)?;
-        if let Some(progress) = self.progress.take() {
-            trainer.resume(&mut self.train, progress)?;
+        let config = *model.config();
+        let mut train = |model| {
+            let mut trainer = Trainer::new(plan, model, self.tokenizer, &mut reporter)?;
+            if let Some(progress) = self.progress.take() {
+                trainer.resume(&mut self.train, progress)?;
+            }
+            trainer.run(&mut self.train, self.val.as_mut(), interrupt)
+        };
+        let summary = train(&mut model)
+            .map_err(|error| MemoryEstimate::advise(model.backend(), &config, plan.batch_size, plan.seq_len, error))?;
+        if summary.skipped > 0 {
+            reporter.note(&format!("skipped {} of {} updates as spikes", summary.skipped, plan.steps))?;
         }
-        let summary = trainer.run(&mut self.train, self.val.as_mut(), interrupt)?;
         if let Some((first, last)) = summary.val_loss {
             reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
         }
-        reporter.note(&format!("try: bandtrain generate -e {} -n 100", plan.checkpoint.display()))
+        self.outputs.advice().iter().try_for_each(|line| reporter.note(line))
     }
 }
 
@@ -619,28 +334,4 @@ fn describe_layer(table: &ParamTable, param: Param) -> String {
             format!("bandwidth {}: {:.3} % of its connections", band.bandwidth(), 100.0 * band.density())
         }
     }
-}
-
-/// Writes the options, all of them filled in, as a file that `--config` takes.
-fn write_resolved(options: &TrainOptions, checkpoint: &Path) -> Result<()> {
-    let path = resolved_path(checkpoint);
-    let text = toml::to_string(options)
-        .map_err(|error| Error::Internal(format!("the options cannot be written as TOML: {error}")))?;
-    let version = env!("CARGO_PKG_VERSION");
-    let text = format!("# What bandtrain {version} ran; 'bandtrain --config FILE' runs it again.\n{text}");
-    let mut file = AtomicFile::create(&path)?;
-    file.append(text.as_bytes())?;
-    file.seal()?.publish()
-}
-
-/// A flag that Ctrl-C and SIGTERM raise; a second one stops at once.
-fn interrupt_flag() -> Result<&'static AtomicBool> {
-    static INTERRUPT: AtomicBool = AtomicBool::new(false);
-    ctrlc::set_handler(|| {
-        if INTERRUPT.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-    })
-    .map_err(|error| Error::Internal(format!("cannot listen to Ctrl-C: {error}")))?;
-    Ok(&INTERRUPT)
 }

@@ -1,6 +1,7 @@
 //! The commands beside training.
 
 use crate::common::{Place, TINY, losses};
+use crate::skip;
 use bandtrain::checkpoint::{Meta, load};
 use bandtrain::config::GptConfig;
 use bandtrain::data::{TokenFile, Tokenizer};
@@ -157,6 +158,31 @@ fn info_accounts_for_memory() {
     assert_eq!(info["config"]["fc1_bandwidth"], 64);
     // An absurd batch is a question like any other.
     assert!(place.ok("info --preset gpt2-xl -b 2147483648").contains("Memory of training on"));
+}
+
+#[test]
+fn info_lists_every_adapter() {
+    let place = Place::new();
+    let devices = json(&place, "info --preset toy --json")["devices"].as_array().unwrap().clone();
+    let listed: Vec<&Value> = devices.iter().filter(|device| device["backend"] == "wgpu").collect();
+    let adapters = bandtrain::backend::wgpu::adapters();
+    if adapters.is_empty() {
+        skip::skip("wgpu", "this machine has no adapter for Vulkan, Metal or DirectX 12");
+    }
+    assert_eq!(listed.len(), adapters.len());
+    let text = place.ok("info --preset toy");
+    for (device, adapter) in listed.into_iter().zip(&adapters) {
+        assert_eq!((&device["name"], &device["kind"]), (&adapter.name.as_str().into(), &adapter.kind.name().into()));
+        assert!(device["limits"]["maxStorageBufferBindingSize"].as_u64().unwrap() >= 128 << 20, "{device}");
+        assert!(!device["features"].as_array().unwrap().is_empty() && text.contains(&adapter.describe()), "{text}");
+        // By either of the two things that --adapter takes, it is the one that is used, and its memory is known.
+        for choice in [adapter.index.to_string(), adapter.name.clone()] {
+            let mut command = place.command("info --preset toy --json --adapter");
+            let info: Value = serde_json::from_str(&place.succeed(command.arg(choice))).unwrap();
+            assert_eq!(info["device"], adapter.describe().as_str());
+            assert!(info["largest_batch"].as_u64().is_none_or(|batch| batch > 0), "{info}");
+        }
+    }
 }
 
 #[test]

@@ -1,11 +1,16 @@
 //! The command line, end to end: the real program in folders of its own.
 
+mod checkpoints;
 mod commands;
 mod common;
+mod dashboard;
+mod interrupts;
 mod mistakes;
 mod mistakes_files;
 mod random;
 mod resume;
+mod run_folder;
 #[path = "../skip/mod.rs"]
 mod skip;
+mod spikes;
 mod training;

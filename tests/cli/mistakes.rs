@@ -142,6 +142,36 @@ fn devices_that_are_not_there_are_named() {
     }
 }
 
+/// Nothing that wgpu could take for an adapter: no driver where Vulkan's loader looks, then no loader either.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_machine_without_graphics_is_told_so() {
+    let place = Place::new();
+    let libraries = tempfile::tempdir().unwrap();
+    std::fs::write(libraries.path().join("libvulkan.so.1"), "").unwrap();
+    let without_driver = |line: &str| {
+        let mut command = place.command(line);
+        command.env("VK_DRIVER_FILES", "/nonexistent").env("VK_ICD_FILENAMES", "/nonexistent");
+        command
+    };
+    let without_loader = |line: &str| {
+        let mut command = place.command(line);
+        command.env("LD_LIBRARY_PATH", libraries.path());
+        command
+    };
+    let without: [&dyn Fn(&str) -> std::process::Command; 2] = [&without_driver, &without_loader];
+    for command in without {
+        for line in ["--backend wgpu", "info --backend wgpu", "bench --backend wgpu", "parity --backend wgpu"] {
+            place.refuse(&mut command(line), "wgpu found no graphics adapter: install a driver for Vulkan");
+        }
+        place.refuse(&mut command("--adapter 0"), "there is no graphics adapter at all on this machine");
+        let info = place.succeed(&mut command("info --preset toy"));
+        assert!(info.contains("wgpu     no adapter: there is no driver for Vulkan, Metal or DirectX 12"), "{info}");
+        // What asks for no device in particular goes on without one.
+        assert!(place.succeed(&mut command("bench step -b 1 -t 4 --repeats 1")).contains("banded 256"));
+    }
+}
+
 #[test]
 fn broken_files_of_options_are_refused() {
     let place = Place::new();

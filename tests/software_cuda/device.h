@@ -189,6 +189,8 @@ __forceinline__ unsigned shared_address(const void* shared) { return software_cu
 
 __forceinline__ void copy_async(void* shared, const void* global, bool valid) { software_cuda_copy(shared, global, valid); }
 
+__forceinline__ void prefetch(const void*) {}
+
 __forceinline__ void copy_async_commit() { ++software_cuda_thread->group; }
 
 template <int Open> __forceinline__ void copy_async_wait() {
@@ -216,6 +218,24 @@ __forceinline__ void mma_bf16(float (&c)[4], const unsigned (&a)[4], unsigned b0
 __forceinline__ void mma_tf32(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     software_cuda::Product record{c, a, {b0, b1}};
     software_cuda_meet(~0u, &software_cuda_mma_tf32, &record);
+}
+
+__forceinline__ void wgmma_show() { software_cuda_thread->shown = true; }
+
+__forceinline__ void wgmma_begin() {}
+
+__forceinline__ void wgmma_commit() { ++software_cuda_thread->product_group; }
+
+template <int Open> __forceinline__ void wgmma_wait() {
+    software_cuda_product_wait(Open);
+    asm volatile("" ::: "memory");
+}
+
+__forceinline__ void wgmma_hold(float (&)[4]) { asm volatile("" ::: "memory"); }
+
+template <int Columns, bool LeftAcross, bool RightAcross>
+__forceinline__ void wgmma(float (*c)[4], unsigned long long left, unsigned long long right) {
+    software_cuda_begin_product({c, left, right, Columns, 0, LeftAcross, RightAcross});
 }
 
 // To nearest, ties away from zero; a carry out of the mantissa goes to the exponent, as far as infinity.

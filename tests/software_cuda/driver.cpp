@@ -36,7 +36,19 @@ using software_cuda::Kernel;
 enum Error { ERRORS(DEFINE_ERROR) };
 
 constexpr size_t PAGE = 4096, ALIGNMENT = 16;
-constexpr int MAX_THREADS = 1024, MAX_SHARED = 99 * 1024, DEFAULT_SHARED = 48 * 1024, REGISTERS = 64;
+constexpr int MAX_THREADS = 1024, DEFAULT_SHARED = 48 * 1024, REGISTERS = 64;
+
+// The device that this is: compute capability 9.0 if the environment says so, else 8.9.
+static int architecture() {
+    static const int asked = [] {
+        const char* text = getenv("SOFTWARE_CUDA_ARCHITECTURE");
+        return text && !strcmp(text, "90") ? 90 : 89;
+    }();
+    return asked;
+}
+
+// Of a block, and of a multiprocessor, which keeps 1 KiB of each block's for itself.
+static int max_shared() { return architecture() == 90 ? 227 * 1024 : 99 * 1024; }
 
 using Work = std::function<void()>;
 
@@ -229,7 +241,7 @@ API cuDeviceTotalMem_v2(size_t* bytes, int) {
     return SUCCESS;
 }
 
-// Those of a device of compute capability 8.9; 0 for the rest, which are mostly of the kind "can it".
+// 0 for the rest, which are mostly of the kind "can it".
 API cuDeviceGetAttribute(int* value, int attribute, int) {
     static const std::map<int, int> attributes = {
         {1, MAX_THREADS},     {2, 1024},        {3, 1024},       {4, 64},                   // block
@@ -238,8 +250,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
         {12, 65536},          {13, 2000000},    {14, 512},       {16, 4},                   // registers, kHz, multiprocessors
         {29, 512},            {31, 1},          {36, 9000000},   {37, 128},                 // memory kHz, bits
         {38, 4 << 20},        {39, 1536},       {40, 2},         {41, 1},                   // L2, threads, copy engines
-        {75, 8},              {76, 9},          {78, 1},         {79, 1},       {80, 1},    // compute capability
-        {81, 100 * 1024},     {82, 65536},      {97, MAX_SHARED}, {106, 24},    {111, 1024},
+        {75, architecture() / 10}, {76, architecture() % 10}, {78, 1},         {79, 1},       {80, 1},    // compute capability
+        {81, max_shared() + 1024}, {82, 65536}, {97, max_shared()}, {106, 24},    {111, 1024},
     };
     auto found = attributes.find(attribute);
     *value = found == attributes.end() ? 0 : found->second;
@@ -507,7 +519,7 @@ API cuModuleGetFunction(Function** result, Module* module, const char* name) {
 API cuFuncSetAttribute(Function* function, int attribute, int value) {
     ENTER;
     if (attribute == 8) {  // dynamic shared memory
-        CHECK(value >= 0 && value + int(function->module->static_bytes) <= MAX_SHARED, INVALID_VALUE);
+        CHECK(value >= 0 && value + int(function->module->static_bytes) <= max_shared(), INVALID_VALUE);
         function->max_shared = value;
     } else {
         CHECK(attribute == 9, INVALID_VALUE);  // how L1 and shared memory are divided: a hint
@@ -521,7 +533,7 @@ API cuFuncGetAttribute(int* value, int attribute, Function* function) {
         case 0: *value = int(function->kernel->max_threads); break;
         case 1: *value = int(function->module->static_bytes); break;
         case 4: *value = REGISTERS; break;
-        case 5: case 6: *value = 89; break;  // compute capability of the code
+        case 5: case 6: *value = architecture(); break;  // compute capability of the code
         case 8: *value = function->max_shared; break;
         default: *value = 0;
     }

@@ -22,6 +22,14 @@ struct Copy {
     unsigned group;
 };
 
+// A thread's part of a warpgroup's product, begun and not waited for.
+struct WarpgroupProduct {
+    float (*c)[4];
+    unsigned long long left, right;  // where the operands are, as the device describes it
+    unsigned columns, group;
+    bool left_across, right_across;
+};
+
 // A device thread: a fiber on its block's operating system thread. Its size is an odd number of cache lines, lest the lanes of
 // a warp all fall into the same cache sets.
 struct alignas(64) Thread {
@@ -33,8 +41,11 @@ struct alignas(64) Thread {
     unsigned barrier;  // the source line of the __syncthreads that it waits at
     unsigned group;    // number of the copies' group not yet closed
     unsigned first_copy, end_copy;
-    static constexpr unsigned COPIES = 256;
+    static constexpr unsigned COPIES = 256, PRODUCTS = 31;
     Copy copies[COPIES];  // a ring
+    bool shown;           // to products: everything that its copies brought
+    unsigned product_group, first_product, end_product;
+    WarpgroupProduct products[PRODUCTS];  // a ring
 };
 static_assert(sizeof(Thread) / 64 % 2 == 1, "an odd number of cache lines");
 
@@ -87,6 +98,8 @@ extern const software_cuda::Operation software_cuda_shuffle, software_cuda_vote,
 void software_cuda_barrier(unsigned line);
 void software_cuda_copy(void* shared, const void* global, bool valid);
 void software_cuda_copy_wait(unsigned open);
+void software_cuda_begin_product(const software_cuda::WarpgroupProduct& product);
+void software_cuda_product_wait(unsigned open);
 
 // The place of `bytes` bytes in the block's shared memory; ends the program when they are not there or not aligned.
 unsigned software_cuda_shared(const void* address, unsigned bytes, unsigned alignment);

@@ -24,7 +24,7 @@ constexpr unsigned MAX_THREADS = 1024, WARP = 32, FULL = ~0u;
 constexpr size_t PAGE = 4096;
 // A page behind a power of two, so that the stacks of a warp do not all fall into the same cache sets. The first is a guard.
 constexpr size_t STACK = 64 * 1024 + PAGE;
-constexpr size_t SHARED = 100 * 1024;
+constexpr size_t SHARED = 228 * 1024;
 
 struct software_cuda::Warp {
     // Sets of lanes: not returned; able to run; waiting for others with an operation; waiting at a barrier of the block.
@@ -276,6 +276,8 @@ static void prepare_block(Worker& w, const Launch& launch, size_t number) {
         thread.index = index;
         thread.lane = i % WARP;
         thread.group = thread.first_copy = thread.end_copy = 0;
+        thread.product_group = thread.first_product = thread.end_product = 0;
+        thread.shown = true;
         if (++index.x == size.x) {
             index.x = 0;
             if (++index.y == size.y) index.y = 0, ++index.z;
@@ -411,6 +413,79 @@ EXPORT void software_cuda_copy_wait(unsigned open) {
         else
             memset(copy.to, 0, 16);
         ++self.first_copy;
+        self.shown = false;
+    }
+}
+
+// ---- Products of a warpgroup: 64 x 16 times 16 x N of bf16 in shared memory
+
+// One operand of a product: its element at `index` (row of the left one, column of the right one) and step `k`. A block of 1 KiB has
+// eight rows of 128 bytes, whose 16-byte chunks are permuted by the row's number; along the depth a row is an index, across it a
+// step (PTX ISA, "Asynchronous Warpgroup Level Matrix Shared Memory Layout").
+struct Operand {
+    const Block& block;
+    unsigned start, column_blocks, row_blocks;
+    bool across;
+
+    Operand(const Block& block, unsigned long long descriptor, bool across, const char* which)
+        : block(block), start((descriptor & 0x3fff) << 4), column_blocks((descriptor >> 16 & 0x3fff) << 4),
+          row_blocks((descriptor >> 32 & 0x3fff) << 4), across(across) {
+        if (descriptor >> 62 != 1 || descriptor >> 49 & 7) software_cuda_fail("wgmma: %s operand is not permuted by 128 bytes", which);
+    }
+
+    float at(unsigned index, unsigned k) const {
+        unsigned row = across ? k : index, column = across ? index : k;
+        unsigned place = start + row / 8 * row_blocks + row % 8 * 128 + column / 64 * column_blocks + column % 64 * 2;
+        place ^= (place >> 7 & 7) << 4;
+        if (place + 2 > block.shared_bytes)
+            software_cuda_fail("wgmma reads %u bytes behind the start of %u bytes of dynamic shared memory", place, block.shared_bytes);
+        uint16_t bits;
+        memcpy(&bits, block.shared + place, 2);
+        uint32_t wide = uint32_t(bits) << 16;
+        float value;
+        memcpy(&value, &wide, 4);
+        return value;
+    }
+};
+
+EXPORT void software_cuda_begin_product(const WarpgroupProduct& product) {
+    Thread& self = *software_cuda_thread;
+    const Index& size = self.block->size;
+    if (size.y * size.z != 1 || size.x % 128) software_cuda_fail("wgmma in a block of %u x %u x %u threads", size.x, size.y, size.z);
+    if (!self.shown) software_cuda_fail("wgmma, but what copy_async brought was not shown to it");
+    if (self.end_product - self.first_product == Thread::PRODUCTS)
+        software_cuda_fail("more than %u products on their way", Thread::PRODUCTS);
+    WarpgroupProduct& mine = self.products[self.end_product++ % Thread::PRODUCTS];
+    mine = product;
+    mine.group = self.product_group;
+}
+
+// A thread's results: with g = lane / 4 and t = lane % 4, rows g and g + 8 of its warp's 16, columns 2t and 2t + 1 of every 8.
+static void multiply_part(const Thread& self, const WarpgroupProduct& product) {
+    Operand left(*self.block, product.left, product.left_across, "the left");
+    Operand right(*self.block, product.right, product.right_across, "the right");
+    unsigned row = self.index.x % 128 / 32 * 16 + self.lane / 4, first = self.lane % 4 * 2;
+    float rows[2][16];
+    for (unsigned k = 0; k < 16; ++k)
+        for (unsigned half : {0, 1}) rows[half][k] = left.at(row + 8 * half, k);
+    for (unsigned column = 0; column < product.columns; ++column) {
+        if (column % 8 / 2 * 2 != first) continue;
+        float* c = product.c[column / 8];
+        for (unsigned k = 0; k < 16; ++k) {
+            float b = right.at(column, k);
+            for (unsigned half : {0, 1}) c[2 * half + column % 2] += rows[half][k] * b;
+        }
+    }
+}
+
+// Operands are read as late as a device may read them.
+EXPORT void software_cuda_product_wait(unsigned open) {
+    Thread& self = *software_cuda_thread;
+    while (self.first_product != self.end_product) {
+        const WarpgroupProduct& product = self.products[self.first_product % Thread::PRODUCTS];
+        if (product.group + open >= self.product_group) break;
+        multiply_part(self, product);
+        ++self.first_product;
     }
 }
 

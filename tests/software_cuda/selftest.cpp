@@ -188,9 +188,9 @@ static void compile_errors() {
     for (auto& thread : threads) thread.join();
     // Modules do not mix, though names are the same.
     std::vector<void*> functions;
-    for (const char* number : {"-DN=32", "-DN=64", "-DN=96"})
-        functions.push_back(get_function("template <class T> __device__ T* place() { static T number = N; return &number; }\n"
-                                         "extern \"C\" __launch_bounds__(N, 2) __global__ void k(int* x) { *x = *place<int>(); }",
+    for (const char* number : {"-DCOUNT=32", "-DCOUNT=64", "-DCOUNT=96"})
+        functions.push_back(get_function("template <class T> __device__ T* place() { static T number = COUNT; return &number; }\n"
+                                         "extern \"C\" __launch_bounds__(COUNT, 2) __global__ void k(int* x) { *x = *place<int>(); }",
                                          "k", {number}));
     Pointer x = allocate(4);
     for (int i = 0; i < 3; ++i) {
@@ -348,6 +348,46 @@ static void matrices() {
     auto bits = download<unsigned>(rounded, 8);
     const unsigned expected[] = {0x3f802000, 0xbf800000, 0x7f800000, 0x7fffffff, 0x3f823f80, 0x7fff7f80, 0, 0x41000000};
     for (int i = 0; i < 8; ++i) REQUIRE(bits[i] == expected[i]);
+}
+
+// c (64 x 64) = a (64 x 16) bt^T by a warpgroup, both operands along the depth or both across it.
+static const char* wgmma_source = R"(
+__device__ u64 described(const void* tile) { return shared_address(tile) >> 4 | 64ull << 32 | 1ull << 62; }
+extern "C" __global__ void product(const u16* a, const u16* bt, float* c, int across) {
+    SHARED_MEMORY(shared);
+    u16 *left = (u16*)shared, *right = left + 64 * 64;
+    for (int i = threadIdx.x; i < 64 * 16; i += 128) {
+        int row = across ? i % 16 : i / 16, column = across ? i / 16 : i % 16;
+        int place = row * 64 + (column / 8 ^ row % 8) * 8 + column % 8;
+        left[place] = a[i], right[place] = bt[i];
+    }
+    wgmma_show();
+    __syncthreads();
+    float acc[8][4] = {};
+    wgmma_begin();
+    if (across) wgmma<64, true, true>(acc, described(left), described(right));
+    else wgmma<64, false, false>(acc, described(left), described(right));
+    wgmma_commit();
+    wgmma_wait<0>();
+    int l = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + l / 4;
+    for (int j = 0; j < 8; ++j)
+        for (int e = 0; e < 4; ++e) c[(row + e / 2 * 8) * 64 + 8 * j + l % 4 * 2 + e % 2] = acc[j][e];
+}
+)";
+
+static void warpgroups() {
+    Floats a = numbers(64 * 16, 9), bt = numbers(64 * 16, 10);
+    Pointer c = allocate(4 * 64 * 64);
+    for (int across = 0; across < 2; ++across) {
+        REQUIRE(launch(get_function(wgmma_source, "product"), 1, 128, 16384, upload(to_bf16(a)), upload(to_bf16(bt)), c, across) == 0);
+        Floats r = download(c, 64 * 64);
+        for (int i = 0; i < 64; ++i)
+            for (int j = 0; j < 64; ++j) {
+                float sum = 0;
+                for (int k = 0; k < 16; ++k) sum += a[i * 16 + k] * bt[j * 16 + k];
+                REQUIRE(r[i * 64 + j] == sum);
+            }
+    }
 }
 
 static const char* copy_source = R"(
@@ -689,6 +729,7 @@ int main(int count, char** arguments) {
         {"several host threads", host_threads, nullptr},
         {"shuffles, votes, reductions", shuffles, nullptr},
         {"load_matrices, mma, roundings", matrices, nullptr},
+        {"products of warpgroups", warpgroups, nullptr},
         {"asynchronous copies", async_copies, nullptr},
         {"graphs", graphs, nullptr},
         {"events", events, nullptr},
@@ -737,6 +778,10 @@ int main(int count, char** arguments) {
          }, "for lanes ffffffff, but lane "},
         {"part of a warp in an mma", [] { run_source("u32 r[4] = {}; float c[4] = {}; mma_bf16(c, r, 0, 0);", 16); },
          "mma_bf16 by lanes 0000ffff only"},
+        {"copies that wgmma was not shown", [] {
+             run_source("SHARED_MEMORY(s); copy_async(s, x, true); copy_async_commit(); copy_async_wait<0>(); __syncthreads();\n"
+                        "float c[8][4] = {}; wgmma<64, false, false>(c, 1ull << 62, 1ull << 62);", 128, 1024);
+         }, "what copy_async brought was not shown to it"},
         {"returned threads at a barrier", [] { run_source("if (threadIdx.x < 40) return; __syncthreads();", 64); }, nullptr},
     };
     int failures = 0;

@@ -16,6 +16,8 @@ const RESULT_PADDING: usize = 8;
 const SUM_THREADS: usize = 128;
 /// Rows of the batch that a share of the outer product has at least.
 const MIN_SHARE_ROWS: usize = 256;
+/// Shares at most.
+const MAX_SHARES: usize = 8;
 /// Shares have a multiple of so many rows: of every depth of a stage.
 const SHARE_ALIGN: usize = 64;
 
@@ -30,6 +32,8 @@ struct Cut {
     stages: usize,
     /// Blocks that a multiprocessor should hold at once: what registers are dealt out by.
     blocks: usize,
+    /// By warpgroups, as Hopper multiplies.
+    warpgroups: bool,
 }
 
 impl Cut {
@@ -40,7 +44,12 @@ impl Cut {
         stages: usize,
         blocks: usize,
     ) -> Self {
-        Self { rows, cols, warp_rows, warp_cols, depth, stages, blocks }
+        Self { rows, cols, warp_rows, warp_cols, depth, stages, blocks, warpgroups: false }
+    }
+
+    /// A block of warpgroups, each with 64 rows and all of the columns; it has a multiprocessor to itself.
+    const fn of_warpgroups([rows, cols]: [usize; 2], stages: usize) -> Self {
+        Self { warpgroups: true, ..Self::new([rows, cols], [16, cols], 64, stages, 1) }
     }
 
     fn threads(self) -> usize {
@@ -58,6 +67,7 @@ impl Cut {
             ("DEPTH", self.depth.into()),
             ("STAGES", self.stages.into()),
             ("MIN_BLOCKS", self.blocks.into()),
+            ("WGMMA", self.warpgroups.into()),
         ])
     }
 
@@ -79,14 +89,20 @@ impl Cut {
 pub(super) struct Cuts {
     expand: Cut,
     contract: Cut,
-    /// Of several for the outer product, the one that wastes the least at the edges of a band's windows.
+    /// Of several for the outer product, the one that fetches the least: wide tiles fetch less, narrow ones fit a band's windows.
     outer: [Cut; 3],
 }
 
 impl Cuts {
-    /// What suits an arithmetic. A stage of expand and contract is one row of a tile deep.
-    pub(super) fn of(arithmetic: Arithmetic) -> Self {
+    /// What suits an arithmetic and, with `warpgroups`, Hopper's matrix units. A stage of expand and contract is one row of a
+    /// tile deep.
+    pub(super) fn of(arithmetic: Arithmetic, warpgroups: bool) -> Self {
         match arithmetic {
+            Arithmetic::Bf16 if warpgroups => Self {
+                expand: Cut::of_warpgroups([256, 128], 4),
+                contract: Cut::of_warpgroups([256, 128], 4),
+                outer: [(128, 4), (96, 5), (64, 6)].map(|(cols, stages)| Cut::of_warpgroups([128, cols], stages)),
+            },
             Arithmetic::Bf16 => Self {
                 expand: Cut::new([128, 128], [32, 64], 64, 3, 2),
                 contract: Cut::new([128, 128], [64, 64], 64, 3, 2),
@@ -142,8 +158,9 @@ impl Lists {
         }
         words.extend(lists.into_iter().flatten());
         let outer_at = words.len();
-        let waste = |cut: &Cut| outer_tiles(band, *cut).len() * cut.cols;
-        let outer = cuts.outer.into_iter().min_by_key(waste).unwrap_or(cuts.outer[0]);
+        // What all blocks fetch together for a row of the batch.
+        let fetched = |cut: &Cut| outer_tiles(band, *cut).len() * (cut.rows + cut.cols);
+        let outer = cuts.outer.into_iter().min_by_key(fetched).unwrap_or(cuts.outer[0]);
         let tiles = outer_tiles(band, outer);
         words.extend(tiles.iter().flatten());
         Self { words, contract_at, outer_at, outer_tiles: tiles.len(), outer }
@@ -163,19 +180,27 @@ fn outer_tiles(band: &Band, cut: Cut) -> Vec<[u32; 2]> {
         .collect()
 }
 
-/// Shares of the batch's rows so that with `tiles` blocks for each the card's `places` for blocks are all taken once: (shares,
-/// rows of each).
-fn shares(tiles: usize, rows: usize, places: usize) -> (usize, usize) {
-    let wanted = (places / tiles.max(1)).min(rows / MIN_SHARE_ROWS).max(1);
+/// Shares of the batch's rows, each worked through by `tiles` blocks: (shares, rows of each). The last round of blocks over the
+/// multiprocessors should leave few idle, and a share costs its sums a way to memory and back, about a twentieth of the
+/// product of 8192 rows.
+fn shares(tiles: usize, rows: usize, multiprocessors: usize) -> (usize, usize) {
+    const SHARE_COST: f64 = 0.05;
+    let cost = |&count: &usize| {
+        let blocks = (tiles * count).max(1);
+        let rounds = blocks.div_ceil(multiprocessors) * multiprocessors;
+        rounds as f64 / blocks as f64 + SHARE_COST * count as f64
+    };
+    let most = (rows / MIN_SHARE_ROWS).clamp(1, MAX_SHARES);
+    let wanted = (1..=most).min_by(|a, b| cost(a).total_cmp(&cost(b))).unwrap_or(1);
     let share_rows = rows.div_ceil(wanted).next_multiple_of(SHARE_ALIGN);
     (rows.div_ceil(share_rows).max(1), share_rows)
 }
 
-/// The most memory that the shares of an outer product over `narrow` channels take: fewer tiles than are wanted leave room for
-/// at most as many shares again.
-pub(super) fn most_share_bytes(narrow: usize, multiprocessors: usize) -> usize {
-    let tiles = 2 * (2 * multiprocessors) * 128 * 128;
-    4 * tiles.max(4 * narrow * narrow)
+/// The most memory that the shares of an outer product over `narrow` channels and `rows` rows take, whatever the band.
+pub(super) fn most_share_bytes(narrow: usize, rows: usize, multiprocessors: usize) -> usize {
+    let most_tiles = (4 * narrow).div_ceil(128) * narrow.div_ceil(64);
+    let tiles = (1..=most_tiles).map(|tiles| tiles * shares(tiles, rows, multiprocessors).0).max().unwrap_or(0);
+    4 * (128 * 128 * tiles).min(MAX_SHARES * 4 * narrow * narrow)
 }
 
 impl Table {
@@ -278,8 +303,7 @@ impl BandLinear for Cuda {
             BiasGrad::Narrow(span) => self.column_sums(OP, grads, span, narrow, rows, write)?,
         }
         let out = grads.part(Element::F32, panels)?;
-        let places = table.outer.blocks * self.card().multiprocessors;
-        let (count, share_rows) = shares(table.outer_tiles, rows, places);
+        let (count, share_rows) = shares(table.outer_tiles, rows, self.card().multiprocessors);
         let target = match count {
             1 => out,
             _ => self.scratch("shares of a product", Element::F32, count * packed)?,
@@ -302,8 +326,8 @@ fn expand_unit(cut: Cut, arithmetic: Arithmetic, aligned: bool, epilogue: usize)
 }
 
 /// Every instantiation.
-pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
-    let Cuts { expand, contract, outer } = Cuts::of(arithmetic);
+pub(super) fn units(arithmetic: Arithmetic, warpgroups: bool) -> Vec<(Unit, &'static str, usize, usize)> {
+    let Cuts { expand, contract, outer } = Cuts::of(arithmetic, warpgroups);
     let mut units = Vec::new();
     for aligned in [true, false] {
         for epilogue in [1, 2] {
@@ -328,7 +352,7 @@ mod tests {
     #[test]
     fn every_panel_is_listed_for_each_tile_that_it_touches() {
         let band = Band::new(300, 1200, 257).unwrap();
-        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16, false));
         for (tile, start) in (0..300).step_by(128).enumerate() {
             let (at, count) =
                 (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
@@ -343,7 +367,7 @@ mod tests {
     #[test]
     fn the_outer_tiles_cover_every_window() {
         let band = Band::new(512, 2048, 1024).unwrap();
-        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16, false));
         assert_eq!(lists.outer.cols, 96);
         for (index, panel) in band.panels().iter().enumerate() {
             let tiles = lists.words[lists.outer_at..].chunks(2).filter(|tile| tile[0] as usize == index / 2);
@@ -357,9 +381,10 @@ mod tests {
     #[test]
     fn shares_cover_the_rows_and_no_more() {
         for (tiles, rows) in [(44, 8192), (1, 8192), (1000, 8192), (4, 100), (1, 1)] {
-            let (count, share_rows) = shares(tiles, rows, 264);
+            let (count, share_rows) = shares(tiles, rows, 132);
             assert!(share_rows % SHARE_ALIGN == 0 && count * share_rows >= rows && (count - 1) * share_rows < rows);
         }
-        assert_eq!(shares(44, 8192, 264).0, 6);
+        // 48 tiles in 5 shares leave 24 of 264 places empty, 160 in 4 leave 20 of 660; 350 fill 132 well enough as they are.
+        assert_eq!([48, 160, 350].map(|tiles| shares(tiles, 8192, 132).0), [5, 4, 1]);
     }
 }

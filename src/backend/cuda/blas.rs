@@ -8,7 +8,7 @@ use super::buffer::Element;
 use super::driver::{Driver, Event};
 use super::libraries::{self, Library};
 use crate::backend::Arithmetic;
-use crate::cache;
+use crate::cache::{self, Cache};
 use crate::error::{Error, Result};
 use cudarc::cublaslt::{result, sys};
 use std::collections::HashMap;
@@ -288,12 +288,13 @@ impl Blas {
         let words = |algorithm: &sys::cublasLtMatmulAlgo_t| bytemuck::cast_slice::<u64, u8>(&algorithm.data).to_vec();
         let known = format!("{} {shape:?}", self.identity);
         let name = format!("product-{}.algorithm", cache::key(&[known.as_bytes()]));
-        let kept = || cache::read(&name).and_then(|kept| proposals.iter().copied().find(|p| words(p) == kept));
+        let cache = Cache::of_user();
+        let kept = || cache.read(&name).and_then(|kept| proposals.iter().copied().find(|p| words(p) == kept));
         if let Some(algorithm) = kept() {
             return Ok(algorithm);
         }
         let fastest = self.fastest(plan, shape, proposals, driver)?;
-        cache::write(&name, &words(&proposals[fastest]));
+        cache.write(&name, &words(&proposals[fastest]));
         Ok(kept().unwrap_or(proposals[0]))
     }
 

@@ -5,7 +5,7 @@
 
 use super::driver::fault;
 use super::libraries::{self, Library};
-use crate::cache;
+use crate::cache::{self, Cache};
 use crate::error::{Error, Result};
 use cudarc::driver::{result as driver_result, sys as driver_sys};
 use cudarc::nvrtc::{result, sys};
@@ -29,6 +29,9 @@ const SOURCES: [(&str, &str); 10] = [
 
 /// The architecture to compile for instead of the card's own: 89 compiles for compute_89 and lets the driver translate.
 const ARCHITECTURE_VARIABLE: &str = "BANDTRAIN_CUDA_ARCH";
+
+/// The one architecture with `wgmma`.
+const HOPPER: u32 = 90;
 
 /// Shared memory that a block has without asking.
 const PLAIN_SHARED_MEMORY: u32 = 48 << 10;
@@ -144,8 +147,15 @@ impl Target {
         Ok(Self { architecture: target, native: target == architecture })
     }
 
+    /// Whether kernels may multiply by warpgroups (`wgmma`): machine code for Hopper.
+    pub(super) fn has_warpgroup_products(self) -> bool {
+        self.native && self.architecture == HOPPER
+    }
+
     fn name(self) -> String {
-        format!("{}_{}", if self.native { "sm" } else { "compute" }, self.architecture)
+        // What only Hopper has is compiled for under this name.
+        let suffix = if self.has_warpgroup_products() { "a" } else { "" };
+        format!("{}_{}{suffix}", if self.native { "sm" } else { "compute" }, self.architecture)
     }
 }
 
@@ -160,6 +170,8 @@ pub struct KernelReport {
     pub shared_memory: usize,
     /// Bytes of a thread's stack, of spill stores and of spill loads.
     pub spills: [usize; 3],
+    /// The compiler makes each of its products by warpgroups wait for the one before.
+    pub serialized: bool,
 }
 
 /// NVRTC's version, loading it if need be.
@@ -250,11 +262,17 @@ fn reports(log: &str) -> Vec<KernelReport> {
         let number = line.split(words).next().and_then(|text| text.split([' ', ',']).rfind(|part| !part.is_empty()));
         line.contains(words).then(|| number.and_then(|number| number.parse().ok())).flatten().unwrap_or(0)
     };
+    // Said before the kernel's own lines: "... wgmma.mma_async instructions are serialized due to ... in the function 'NAME'".
+    let serialized = |entry: &str| {
+        let suffix = format!("'{entry}'");
+        log.lines().any(|line| line.contains("are serialized") && line.trim_end().ends_with(&suffix))
+    };
     let mut reports: Vec<KernelReport> = Vec::new();
     for line in log.lines() {
         if let Some((_, rest)) = line.split_once("Compiling entry function '") {
             let entry = rest.split('\'').next().unwrap_or_default().to_string();
-            reports.push(KernelReport { entry, registers: 0, shared_memory: 0, spills: [0; 3] });
+            let serialized = serialized(&entry);
+            reports.push(KernelReport { entry, registers: 0, shared_memory: 0, spills: [0; 3], serialized });
         }
         let Some(report) = reports.last_mut() else { continue };
         if line.contains("bytes stack frame") {
@@ -272,11 +290,12 @@ fn reports(log: &str) -> Vec<KernelReport> {
 /// The code of a unit, from the disk or compiled (and then kept).
 fn code_of(unit: &Unit, target: Target, version: (i32, i32)) -> Result<Vec<u8>> {
     let name = format!("{}-{}.kernel", unit.stem, cache_key(unit, target, version));
-    if let Some(code) = cache::read(&name) {
+    let cache = Cache::of_user();
+    if let Some(code) = cache.read(&name) {
         return Ok(code);
     }
     let (code, _) = compile(unit, target)?;
-    cache::write(&name, &code);
+    cache.write(&name, &code);
     Ok(code)
 }
 
@@ -400,7 +419,9 @@ mod tests {
 
     #[test]
     fn the_compilers_words_are_understood() {
-        let log = "ptxas info    : Compiling entry function 'band_outer' for 'sm_89'\n\
+        let log = "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to \
+                   insufficient register resources for the wgmma pipeline in the function 'gelu'\n\
+                   ptxas info    : Compiling entry function 'band_outer' for 'sm_89'\n\
                    ptxas info    : Function properties for band_outer\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes \
                    spill loads\nptxas info    : Used 128 registers, used 1 barriers, 2048 bytes smem, 424 bytes cmem[0]\n\
                    ptxas info    : Compiling entry function 'gelu' for 'sm_89'\n    0 bytes stack frame, 0 bytes spill \
@@ -410,6 +431,7 @@ mod tests {
             registers,
             shared_memory,
             spills,
+            serialized: entry == "gelu",
         };
         assert_eq!(reports(log), [report("band_outer", 128, 2048, [8, 4, 12]), report("gelu", 12, 0, [0; 3])]);
     }

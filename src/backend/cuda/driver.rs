@@ -2,6 +2,7 @@
 
 use super::libraries::{self, Library};
 use crate::error::{Error, Result};
+use crate::output;
 use cudarc::driver::{DriverError, result, sys};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
@@ -177,17 +178,17 @@ impl Driver {
     /// # Errors
     /// There is not so much, with the advice to take less.
     pub(super) fn alloc(&self, name: &str, bytes: usize) -> Result<sys::CUdeviceptr> {
-        let mib = |bytes: usize| bytes as f64 / f64::from(1 << 20);
-        // SAFETY: the size is not 0, and the memory is given to the caller.
-        let memory = unsafe { result::malloc_sync(bytes.max(16)) }.map_err(|_| {
-            Error::Device(format!(
-                "out of memory on {}: {name} needs {:.1} MiB and {:.1} MiB are free; use a smaller batch (-b) or sequence \
-                 (-t)",
+        let failed = |error: DriverError| match error.0 {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::out_of_memory(format!(
+                "out of memory on {}: {name} needs {} and {} are free",
                 self.card.name,
-                mib(bytes),
-                mib(self.free_bytes().unwrap_or(0))
-            ))
-        })?;
+                output::bytes(bytes),
+                output::bytes(self.free_bytes().unwrap_or(0))
+            )),
+            _ => fault("taking memory")(error),
+        };
+        // SAFETY: the size is not 0, and the memory is given to the caller.
+        let memory = unsafe { result::malloc_sync(bytes.max(16)) }.map_err(failed)?;
         self.zero(memory, bytes)?;
         Ok(memory)
     }

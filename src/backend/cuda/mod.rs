@@ -131,6 +131,7 @@ impl Cuda {
         let driver = Driver::open()?;
         let Options { arithmetic, logit_bytes } = options;
         let kernels = Kernels::new(driver.card.architecture)?;
+        let band_cuts = band::Cuts::of(arithmetic, kernels.target().has_warpgroup_products());
         let graveyard = Graveyard::default();
         let buffer = |name, bytes: usize| -> Result<Buffer> {
             let memory = Memory::new(driver.alloc(name, bytes)?, graveyard.clone());
@@ -147,7 +148,7 @@ impl Cuda {
             blas,
             scratch: HashMap::from([("workspace of products", workspace)]),
             pinned: Vec::new(),
-            band_cuts: band::Cuts::of(arithmetic),
+            band_cuts,
             constants,
             constants_recorded: false,
             graveyard,
@@ -338,7 +339,7 @@ impl Device for Cuda {
     fn scratch_bytes(&self, dims: HeadDims, sequence: SequenceDims) -> usize {
         let logits = self.chunk_rows(dims, self.element()) * dims.padded_vocab * self.element().bytes();
         let delta = 4 * sequence.rows() * sequence.heads;
-        let shares = band::most_share_bytes(dims.channels, self.card().multiprocessors);
+        let shares = band::most_share_bytes(dims.channels, dims.rows, self.card().multiprocessors);
         logits + delta + shares + reduce::most_part_bytes(4 * dims.channels)
     }
 

@@ -33,6 +33,8 @@ pub struct KernelUse {
     pub shared_memory: usize,
     /// Bytes of a thread's stack, of spill stores and spill loads: all 0, or the kernel is slow.
     pub spills: [usize; 3],
+    /// The compiler makes each of its products by warpgroups wait for the one before: the kernel is slow too.
+    pub serialized: bool,
     /// Warps that an sm_89 multiprocessor holds at once, of its 48.
     pub sm89_warps: usize,
 }
@@ -40,11 +42,11 @@ pub struct KernelUse {
 /// An instantiation: unit, entry, threads, dynamic shared memory.
 type Instance = (Unit, &'static str, usize, usize);
 
-fn instances(arithmetic: Arithmetic) -> Vec<Instance> {
+fn instances(arithmetic: Arithmetic, target: Target) -> Vec<Instance> {
     let all = [
         adamw::units(arithmetic),
         attention::units(arithmetic),
-        band::units(arithmetic),
+        band::units(arithmetic, target.has_warpgroup_products()),
         embed::units(arithmetic),
         gelu::units(arithmetic),
         layernorm::units(arithmetic),
@@ -63,7 +65,7 @@ fn instances(arithmetic: Arithmetic) -> Vec<Instance> {
 pub fn kernel_uses(arithmetic: Arithmetic, architecture: u32) -> Result<Vec<KernelUse>> {
     let target = Target { architecture, native: true };
     let mut units: BTreeMap<Unit, Vec<Instance>> = BTreeMap::new();
-    for instance in instances(arithmetic) {
+    for instance in instances(arithmetic, target) {
         units.entry(instance.0.clone()).or_default().push(instance);
     }
     let units: Vec<_> = units.into_iter().collect();
@@ -87,6 +89,7 @@ fn uses(unit: &Unit, instances: &[Instance], arithmetic: Arithmetic, target: Tar
             registers: report.registers,
             shared_memory,
             spills: report.spills,
+            serialized: report.serialized,
             sm89_warps: sm89_blocks(threads, report.registers, shared_memory) * (threads / 32),
         })
     };

@@ -49,6 +49,7 @@ fn block_kernel(entry: &'static str, head_size: usize, cached: bool, tuning: &Tu
         ("tn", share.tn),
         ("threads", (BLOCK / share.tm) * (span / share.tn)),
         ("unroll", tuning.unroll),
+        ("subgroup", tuning.subgroup),
     ];
     Kernel::new("attention", entry, &variables.map(|(name, value)| (name, value as u32)))
         .with(&[("vec", by_fours(head_size))])

@@ -23,46 +23,73 @@ pub struct Table {
     outer: List,
 }
 
-/// Where a list of tiles, of four words each, starts in the table, and how many there are.
+/// Where a list of tiles starts in the table, and how many there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct List {
     at: usize,
     count: usize,
 }
 
+/// A tile of a product: its place, and the depths that the band joins to it, and to each slice of its columns.
+struct Area {
+    row: usize,
+    col: usize,
+    depth: Range<usize>,
+    slices: Vec<Range<usize>>,
+}
+
 impl List {
-    /// Appends tiles to the table.
-    fn new(words: &mut Vec<u32>, tiles: Vec<[usize; 4]>) -> Self {
-        let at = words.len();
-        words.extend(tiles.iter().flatten().map(|&word| word as u32));
-        Self { at, count: tiles.len() }
+    /// Appends tiles of `slices` slices to the table. Along the band the first and the last ones are the shallowest: what is
+    /// left for the end is short.
+    fn new(words: &mut Vec<u32>, slices: usize, areas: Vec<Area>) -> Self {
+        let list = Self { at: words.len(), count: areas.len() };
+        for mut area in areas {
+            area.slices.resize(slices, 0..0);
+            let depths = [area.depth].into_iter().chain(area.slices).flat_map(|depth| [depth.start, depth.end]);
+            words.extend([area.row, area.col].into_iter().chain(depths).map(|word| word as u32));
+        }
+        list
     }
 }
 
-/// Tiles of expand, one or two panels each: first wide row, 0, and the narrow columns that the panels' windows span.
-fn expand_tiles(band: &Band, tile: Tile) -> Vec<[usize; 4]> {
-    let group = |(index, panels): (usize, &[Panel])| {
-        let Range { start, end } = windows(panels);
-        [index * tile.bn, 0, start, end]
+/// Tiles of expand, one or two panels each: the depth is the narrow columns that the panels' windows span.
+fn expand_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
+    let area = |(index, panels): (usize, &[Panel])| Area {
+        row: index * tile.bn,
+        col: 0,
+        depth: windows(panels),
+        slices: panels.chunks(slice / PANEL_ROWS).map(windows).collect(),
     };
-    band.panels().chunks(tile.bn / PANEL_ROWS).enumerate().map(group).collect()
+    band.panels().chunks(tile.bn / PANEL_ROWS).enumerate().map(area).collect()
 }
 
-/// Tiles of contract: 0, first narrow column, and the wide rows that the band joins to the tile's columns, rounded to steps.
-fn contract_tiles(band: &Band, tile: Tile) -> Vec<[usize; 4]> {
-    let columns = |start: usize| {
-        let rows = band.rows_of(start..(start + tile.bn).min(band.narrow()));
-        [0, start, rows.start / tile.bk * tile.bk, rows.end.next_multiple_of(tile.bk)]
+/// Tiles of contract: the depth is the wide rows that the band joins to their columns, rounded to steps.
+fn contract_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
+    let depth = |columns: Range<usize>| {
+        let rows = band.rows_of(columns.start..columns.end.min(band.narrow()));
+        rows.start / tile.bk * tile.bk..rows.end.next_multiple_of(tile.bk)
     };
-    (0..band.narrow()).step_by(tile.bn).map(columns).collect()
+    let area = |col: usize| {
+        let end = (col + tile.bn).min(band.narrow());
+        let slices = (col..end).step_by(slice).map(|at| depth(at..at + slice)).collect();
+        Area { row: 0, col, depth: depth(col..end), slices }
+    };
+    (0..band.narrow()).step_by(tile.bn).map(area).collect()
 }
 
-/// Tiles of outer: first wide row, first narrow column, 0, 0.
-fn outer_tiles(band: &Band, tile: Tile) -> Vec<[usize; 4]> {
-    let group = |(index, panels): (usize, &[Panel])| {
-        windows(panels).step_by(tile.bn).map(move |column| [index * tile.bm, column, 0, 0])
+/// Tiles of outer: their depth is not the band's affair; a slice has one where the window reaches it.
+fn outer_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
+    let areas = |(index, panels): (usize, &[Panel])| {
+        let window = windows(panels);
+        let area = move |col: usize| Area {
+            row: index * tile.bm,
+            col,
+            depth: 0..0,
+            slices: (col..window.end.min(col + tile.bn)).step_by(slice).map(|_| 0..1).collect(),
+        };
+        window.clone().step_by(tile.bn).map(area)
     };
-    band.panels().chunks(tile.bm / PANEL_ROWS).enumerate().flat_map(group).collect()
+    band.panels().chunks(tile.bm / PANEL_ROWS).enumerate().flat_map(areas).collect()
 }
 
 /// The columns that the windows of these panels, which follow each other, span.
@@ -73,24 +100,37 @@ fn windows(panels: &[Panel]) -> Range<usize> {
     first.col_start..last.col_start + last.cols
 }
 
-/// Whether activations are handled by vec4s, and whether the depth is a multiple of every step.
+const EXPAND: &str = "band_expand";
+const CONTRACT: &str = "band_contract";
+const OUTER: &str = "band_outer";
+
+/// Whether activations are handled by vec4s, and whether operands are walked through.
 type Fit = [bool; 2];
+
+/// Columns of a tile's slices. Expand's are panels, for all rows of a panel have one window.
+fn slice_of(tuning: &Tuning, entry: &str, tile: Tile) -> usize {
+    tuning.slice_of(tile, if entry == EXPAND { PANEL_ROWS } else { 1 })
+}
+
+fn kernel(tuning: &Tuning, entry: &'static str, tile: Tile, [vec, whole]: Fit) -> Kernel {
+    let slice = slice_of(tuning, entry, tile) as u32;
+    let flags = [("slice", slice), ("vec", u32::from(vec)), ("whole", u32::from(whole))];
+    Kernel::new("band", entry, &tuning.variables(tile)).with(&flags)
+}
 
 fn product_kernel(
     tuning: &Tuning,
     entry: &'static str,
     tile: Tile,
-    [vec, whole]: Fit,
+    fit: Fit,
     bias: bool,
     gelu: (&'static str, u32),
 ) -> Kernel {
-    let flags = [("vec", u32::from(vec)), ("whole", u32::from(whole)), ("bias", u32::from(bias)), gelu];
-    Kernel::new("band", entry, &tuning.variables(tile)).with(&flags)
+    kernel(tuning, entry, tile, fit).with(&[("bias", u32::from(bias)), gelu])
 }
 
-fn outer_kernel(tuning: &Tuning, [vec, whole]: Fit) -> Kernel {
-    let flags = [("vec", u32::from(vec)), ("whole", u32::from(whole))];
-    Kernel::new("band", "band_outer", &tuning.variables(tuning.outer)).with(&flags)
+fn outer_kernel(tuning: &Tuning, fit: Fit, even: bool) -> Kernel {
+    kernel(tuning, OUTER, tuning.outer, fit).with(&[("even", u32::from(even))])
 }
 
 /// Every instantiation.
@@ -98,14 +138,14 @@ pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for fit in [[true, true], [true, false], [false, false]] {
         for tile in tuning.expand {
-            kernels.push(product_kernel(tuning, "band_expand", tile, fit, true, ("gelu", 1)));
-            kernels.push(product_kernel(tuning, "band_expand", tile, fit, false, ("gelu_backward", 1)));
+            kernels.push(product_kernel(tuning, EXPAND, tile, fit, true, ("gelu", 1)));
+            kernels.push(product_kernel(tuning, EXPAND, tile, fit, false, ("gelu_backward", 1)));
         }
         for tile in tuning.contract {
-            kernels.push(product_kernel(tuning, "band_contract", tile, fit, true, ("gelu", 0)));
-            kernels.push(product_kernel(tuning, "band_contract", tile, fit, false, ("gelu", 0)));
+            kernels.push(product_kernel(tuning, CONTRACT, tile, fit, true, ("gelu", 0)));
+            kernels.push(product_kernel(tuning, CONTRACT, tile, fit, false, ("gelu", 0)));
         }
-        kernels.push(outer_kernel(tuning, fit));
+        kernels.extend([false, true].map(|even| outer_kernel(tuning, fit, even)));
     }
     kernels
 }
@@ -121,32 +161,32 @@ struct Product<'a> {
     panels: Span,
     bias: Option<Span>,
     gelu: Gelu<'a>,
-    /// For many rows, and for few.
+    /// For much work, and for little.
     tiles: [Tile; 2],
     lists: [List; 2],
     rows: usize,
 }
 
 impl Table {
-    /// The kernels' parameters but for the grid: `tiles` of rows, or of outer, and what only outer has.
-    fn words(&self, rows: usize, list: List, tiles: usize, outer: [usize; 3]) -> Vec<u32> {
-        let sizes = [rows, self.narrow, self.wide, self.panels, list.at, tiles];
-        sizes.iter().chain(&outer).map(|&word| word as u32).collect()
+    /// The kernels' parameters but for the grid and how outer's tiles are dealt out.
+    fn words(&self, rows: usize, list: List, dealt: [usize; 5], write: Write) -> Vec<u32> {
+        let sizes = [rows, self.narrow, self.wide, self.panels, list.at];
+        sizes.into_iter().chain(dealt).chain([add_word(write) as usize]).map(|word| word as u32).collect()
     }
 
-    fn by_fours(&self) -> bool {
-        self.narrow.is_multiple_of(4) && self.wide.is_multiple_of(4)
+    /// What a kernel can do with so many rows if a depth, too, `fits` its steps.
+    fn fit(&self, rows: usize, fits: bool) -> Fit {
+        let by_fours = self.narrow.is_multiple_of(4) && self.wide.is_multiple_of(4);
+        [by_fours, by_fours && rows.is_multiple_of(4) && fits]
     }
 }
 
 impl Wgpu {
     fn band_product(&mut self, table: &Table, product: Product<'_>) -> Result<()> {
         let Product { y, x, y_cols, x_cols, params, rows, gelu, .. } = product;
-        let size = usize::from(rows <= product.tiles[1].bm);
+        let groups = rows.div_ceil(product.tiles[0].bm) * product.lists[0].count;
+        let size = usize::from(!self.tuning.is_busy_with(product.tiles[0], groups));
         let (tile, list) = (product.tiles[size], product.lists[size]);
-        // Windows are rounded to multiples of 16, ranges of wide rows to multiples of a step.
-        let fit = [table.by_fours(), table.by_fours() && x_cols.is_multiple_of(ALIGN)];
-        let kernel = product_kernel(&self.tuning, product.entry, tile, fit, product.bias.is_some(), gelu.flag());
         // The work of a group on average.
         let flops = 2.0 * (table.packed_len * tile.bm) as f64 / list.count as f64;
         for (first, count) in row_chunks(rows, y_cols.max(x_cols), self.binding_len()) {
@@ -159,8 +199,11 @@ impl Wgpu {
             ];
             binds.extend(product.bias.map(|bias| params.read(bias)));
             binds.extend(gelu.bind(part(y_cols)));
+            // Windows are rounded to multiples of 16, ranges of wide rows to multiples of a step.
+            let fit = table.fit(count, x_cols.is_multiple_of(ALIGN));
+            let kernel = product_kernel(&self.tuning, product.entry, tile, fit, product.bias.is_some(), gelu.flag());
             let row_tiles = count.div_ceil(tile.bm);
-            let words = table.words(count, list, row_tiles, [0; 3]);
+            let words = table.words(count, list, [row_tiles, 0, 0, 0, 0], Write::Set);
             self.dispatch(&kernel, &binds, &words, row_tiles * list.count, flops)?;
         }
         Ok(())
@@ -173,9 +216,13 @@ impl BandLinear for Wgpu {
     fn band_table(&mut self, band: &Band) -> Result<Table> {
         let mut words = band.table();
         let tuning = self.tuning;
-        let expand = tuning.expand.map(|tile| List::new(&mut words, expand_tiles(band, tile)));
-        let contract = tuning.contract.map(|tile| List::new(&mut words, contract_tiles(band, tile)));
-        let outer = List::new(&mut words, outer_tiles(band, tuning.outer));
+        let mut list = |entry, tile: Tile, areas: fn(&Band, Tile, usize) -> Vec<Area>| {
+            let slice = slice_of(&tuning, entry, tile);
+            List::new(&mut words, tile.bn / slice, areas(band, tile, slice))
+        };
+        let expand = tuning.expand.map(|tile| list(EXPAND, tile, expand_areas));
+        let contract = tuning.contract.map(|tile| list(CONTRACT, tile, contract_areas));
+        let outer = list(OUTER, tuning.outer, outer_areas);
         let buffer = self.create("band table", words.len())?;
         self.write_words(&buffer, 0, &words)?;
         Ok(Table {
@@ -206,7 +253,7 @@ impl BandLinear for Wgpu {
             Expansion::GeluBackward { pre } => (None, Gelu::Backward(pre)),
         };
         let product = Product {
-            entry: "band_expand",
+            entry: EXPAND,
             y,
             x,
             y_cols: table.wide,
@@ -234,7 +281,7 @@ impl BandLinear for Wgpu {
     ) -> Result<()> {
         self.op = "band_contract";
         let product = Product {
-            entry: "band_contract",
+            entry: CONTRACT,
             y,
             x,
             y_cols: table.narrow,
@@ -270,16 +317,16 @@ impl BandLinear for Wgpu {
         for (first, count) in row_chunks(rows, table.wide, self.binding_len()) {
             let write = if first == 0 { write } else { Write::Add };
             let part = |cols: usize| Span { offset: first * cols, len: count * cols };
-            let (share_count, depth) = self.tuning.shares(tile, list.count, count);
-            let kernel = outer_kernel(&self.tuning, [table.by_fours(), table.by_fours() && count % tile.bk == 0]);
-            let stride = if share_count > 1 { table.packed_len } else { 0 };
-            let parts = match share_count {
+            let deal = self.tuning.deal(tile, list.count, count);
+            let fit = table.fit(count, count.is_multiple_of(tile.bk));
+            let kernel = outer_kernel(&self.tuning, fit, deal.even);
+            let parts = match deal.shares {
                 1 => None,
-                _ => Some(self.scratch("shares of a product", share_count * table.packed_len)?),
+                shares => Some(self.scratch("parts of a product", shares * table.packed_len)?),
             };
             let (target, target_write) = match &parts {
                 None => (grads.write(panels), write),
-                Some(parts) => (parts.write(Span { offset: 0, len: share_count * table.packed_len }), Write::Set),
+                Some(parts) => (parts.write(Span { offset: 0, len: deal.shares * table.packed_len }), Write::Set),
             };
             let binds = [
                 table.words.read(table.words.all()),
@@ -287,10 +334,12 @@ impl BandLinear for Wgpu {
                 narrow.read(part(table.narrow)),
                 target,
             ];
-            let words = table.words(count, list, list.count, [depth, stride, add_word(target_write) as usize]);
-            self.dispatch(&kernel, &binds, &words, share_count * list.count, tile.flops(depth.min(count)))?;
+            let words = table.words(count, list, deal.words(table.packed_len), target_write);
+            let groups = deal.groups();
+            let flops = tile.flops(count) * list.count as f64 / groups.max(1) as f64;
+            self.dispatch(&kernel, &binds, &words, groups, flops)?;
             if let Some(parts) = &parts {
-                self.add_parts(grads.write(panels), parts, 0, table.packed_len, share_count, write)?;
+                self.add_parts(grads.write(panels), parts, 0, table.packed_len, deal.shares, write)?;
             }
         }
         Ok(())

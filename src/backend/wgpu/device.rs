@@ -2,6 +2,7 @@
 
 use super::tuning::Tuning;
 use crate::error::{Error, Result};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use wgpu::{Backends, DeviceType, Limits};
 
@@ -60,11 +61,15 @@ pub struct AdapterInfo {
     pub limits: Vec<(&'static str, u64)>,
     /// The features it has, by wgpu's names.
     pub features: Vec<String>,
+    /// How many invocations a subgroup has, if kernels may know of it and it is always as many.
+    pub subgroup: Option<usize>,
 }
 
 impl AdapterInfo {
     fn new(index: usize, adapter: &wgpu::Adapter) -> Self {
         let (info, limits) = (adapter.get_info(), adapter.limits());
+        let sizes = [info.subgroup_min_size, info.subgroup_max_size];
+        let certain = adapter.features().contains(wgpu::Features::SUBGROUP) && sizes[0] == sizes[1];
         Self {
             index,
             name: info.name,
@@ -80,6 +85,7 @@ impl AdapterInfo {
                 ("maxComputeWorkgroupsPerDimension", u64::from(limits.max_compute_workgroups_per_dimension)),
             ],
             features: adapter.features().iter_names().map(|(name, _)| name.to_string()).collect(),
+            subgroup: certain.then_some(sizes[0] as usize),
         }
     }
 
@@ -105,6 +111,10 @@ pub struct Options {
     pub binding_bytes: Option<u64>,
     /// Compile shaders with bounds checks: slower, for tests.
     pub checked: bool,
+    /// Act as if the adapter had only this much memory, in bytes.
+    pub memory_bytes: Option<usize>,
+    /// The folder that compiled pipelines are kept in; the user's cache folder when `None`.
+    pub cache_folder: Option<PathBuf>,
 }
 
 /// The first fault the device reported since the last look: losses and errors arrive by callback.
@@ -127,14 +137,18 @@ impl Faults {
 }
 
 /// What is made use of where an adapter has it.
-const USEFUL_FEATURES: wgpu::Features = wgpu::Features::TIMESTAMP_QUERY;
+const USEFUL_FEATURES: wgpu::Features =
+    wgpu::Features::TIMESTAMP_QUERY.union(wgpu::Features::PIPELINE_CACHE).union(wgpu::Features::SUBGROUP);
 
 /// An open device.
 pub(super) struct Gpu {
+    pub(super) adapter: wgpu::Adapter,
     pub(super) device: wgpu::Device,
     pub(super) queue: wgpu::Queue,
     pub(super) info: AdapterInfo,
     pub(super) limits: Limits,
+    /// As [`Options::memory_bytes`].
+    pub(super) memory_bytes: Option<usize>,
     pub(super) faults: Faults,
 }
 
@@ -188,7 +202,7 @@ pub(super) fn open(options: &Options) -> Result<Gpu> {
     let adapters = found();
     let infos: Vec<_> = adapters.iter().enumerate().map(|(index, adapter)| AdapterInfo::new(index, adapter)).collect();
     let index = choose(&infos, options.adapter.as_deref())?;
-    let (adapter, info) = (&adapters[index], infos[index].clone());
+    let (adapter, info) = (adapters[index].clone(), infos[index].clone());
     let limits = match options.default_limits {
         true => Limits { max_buffer_size: adapter.limits().max_buffer_size, ..Limits::default() },
         false => adapter.limits(),
@@ -209,7 +223,7 @@ pub(super) fn open(options: &Options) -> Result<Gpu> {
         )));
     }
     let faults = watch(&device, &info);
-    Ok(Gpu { device, queue, info, limits, faults })
+    Ok(Gpu { adapter, device, queue, info, limits, memory_bytes: options.memory_bytes, faults })
 }
 
 /// Collects what goes wrong on the device later.
@@ -226,7 +240,7 @@ fn watch(device: &wgpu::Device, info: &AdapterInfo) -> Faults {
     device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
         errors.report(match error {
             wgpu::Error::OutOfMemory { .. } => {
-                format!("{name} ran out of memory; use a smaller batch (-b) or sequence (-t)")
+                format!("{name} ran out of memory for its commands; use a smaller batch (-b) or sequence (-t)")
             }
             other => format!("{name} refused a command: {other}"),
         });
@@ -240,7 +254,16 @@ mod tests {
 
     fn info(index: usize, name: &str, kind: AdapterKind) -> AdapterInfo {
         let (backend, driver) = ("Vulkan".to_string(), String::new());
-        AdapterInfo { index, name: name.to_string(), kind, backend, driver, limits: Vec::new(), features: Vec::new() }
+        AdapterInfo {
+            index,
+            name: name.to_string(),
+            kind,
+            backend,
+            driver,
+            limits: Vec::new(),
+            features: Vec::new(),
+            subgroup: None,
+        }
     }
 
     #[test]

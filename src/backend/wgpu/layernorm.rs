@@ -3,6 +3,7 @@
 use super::buffer::{Buffer, row_chunks};
 use super::pipelines::Kernel;
 use super::reduce::{lanes, most_parts, part_rows};
+use super::tuning::Tuning;
 use super::{Wgpu, add_word};
 use crate::backend::{Affine, LayerNorm, Normed, NormedInput, Write};
 use crate::error::Result;
@@ -12,20 +13,21 @@ use crate::shapes::Span;
 const FEW_SLOTS: usize = 4;
 
 /// The kernel `entry` for rows of `channels`, and how many lanes a row has.
-fn kernel(entry: &'static str, channels: usize) -> (Kernel, usize) {
+fn kernel(tuning: &Tuning, entry: &'static str, channels: usize) -> (Kernel, usize) {
     let (vec, lanes) = lanes(channels);
-    let threads: usize = [32, 64].into_iter().find(|threads| lanes <= threads * FEW_SLOTS).unwrap_or(256);
+    let threads: usize =
+        [tuning.row_threads, 32, 64].into_iter().find(|threads| lanes <= threads * FEW_SLOTS).unwrap_or(256);
     let slots = lanes.div_ceil(threads);
     let variables = [("lanes", 1), ("sums", 1), ("vec", vec), ("threads", threads as u32), ("slots", slots as u32)];
     (Kernel::new("layernorm", entry, &variables), lanes)
 }
 
 /// Instantiations for the presets' channels and some that are no multiple of 4.
-pub(super) fn kernels() -> Vec<Kernel> {
+pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
     let of = |channels| {
-        let (forward, _) = kernel("layernorm_forward", channels);
+        let (forward, _) = kernel(tuning, "layernorm_forward", channels);
         let residual = forward.clone().with(&[("residual", 1)]);
-        [forward, residual, kernel("layernorm_backward", channels).0, affine_kernel(channels)]
+        [forward, residual, kernel(tuning, "layernorm_backward", channels).0, affine_kernel(channels)]
     };
     [30, 128, 257, 512, 768, 1024, 1280, 1600].into_iter().flat_map(of).collect()
 }
@@ -50,7 +52,7 @@ impl Wgpu {
         rows: usize,
     ) -> Result<()> {
         let c = affine.weight.len;
-        let (mut kernel, lanes) = kernel("layernorm_forward", c);
+        let (mut kernel, lanes) = kernel(&self.tuning, "layernorm_forward", c);
         if addition.is_some() {
             kernel = kernel.with(&[("residual", 1)]);
         }
@@ -115,7 +117,7 @@ impl LayerNorm for Wgpu {
     ) -> Result<()> {
         self.op = "layernorm_backward";
         let c = affine.weight.len;
-        let (backward, lanes) = kernel("layernorm_backward", c);
+        let (backward, lanes) = kernel(&self.tuning, "layernorm_backward", c);
         let affine_kernel = affine_kernel(c);
         for (first, count) in row_chunks(rows, c, self.binding_len()) {
             let (matrix, column) = (Span { offset: first * c, len: count * c }, Span { offset: first, len: count });

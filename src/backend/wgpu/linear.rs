@@ -80,14 +80,14 @@ impl Linear for Wgpu {
 /// Every instantiation, the head's included.
 pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
     const PLAIN: (bool, (&str, u32)) = (false, ("gelu", 0));
-    let forward = [PLAIN, (true, ("gelu", 0)), (true, ("gelu", 1))].map(|epilogue| ([0, 0], epilogue));
-    let backward = [PLAIN, (false, ("gelu_backward", 1))].map(|epilogue| ([0, 1], epilogue));
-    let products = forward.into_iter().chain(backward).chain([([1, 1], PLAIN)]);
+    let forward = [PLAIN, (true, ("gelu", 0)), (true, ("gelu", 1))].map(|epilogue| ([0, 0], epilogue, [false; 2]));
+    let backward = [PLAIN, (false, ("gelu_backward", 1))].map(|epilogue| ([0, 1], epilogue, [false; 2]));
+    let deep = [[false; 2], [true, false], [true; 2]].map(|deal| ([1, 1], PLAIN, deal));
     let mut kernels = Vec::new();
-    for (across, (bias, gelu)) in products {
+    for (across, (bias, gelu), deal) in forward.into_iter().chain(backward).chain(deep) {
         for tile in tuning.dense {
-            for by_fours in [[true; 3], [true, true, false], [true, false, false], [false, true, false], [false; 3]] {
-                kernels.push(kernel(tuning, tile, across, by_fours, bias, gelu));
+            for fit in [[true; 3], [true, true, false], [true, false, false], [false, true, false], [false; 3]] {
+                kernels.push(kernel(tuning, tile, across, fit, bias, gelu, deal));
             }
         }
     }

@@ -78,7 +78,8 @@ impl Wgpu {
         let binds = [head.targets.ids().read(rows), logits.buffer.write(matrix), head.losses.write(rows)];
         let sizes = [logits.rows, head.dims.vocab, logits.stride].map(|word| word as u32);
         let words = [&sizes[..], &[scale.unwrap_or(0.0).to_bits(), 0]].concat();
-        let flops = 10.0 * logits.stride as f64;
+        // Three passes and two exponentials: as long as this many FLOPs of a product, on lavapipe.
+        let flops = 60.0 * logits.stride as f64;
         self.dispatch(&cross_entropy_kernel(head.dims.vocab, scale.is_some()), &binds, &words, logits.rows, flops)
     }
 }

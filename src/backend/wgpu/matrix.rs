@@ -3,7 +3,7 @@
 use super::buffer::{Buffer, aligned};
 use super::gelu::Gelu;
 use super::pipelines::Kernel;
-use super::tuning::{Tile, Tuning};
+use super::tuning::{Deal, Tile, Tuning};
 use super::{Wgpu, add_word};
 use crate::backend::Write;
 use crate::error::{Error, Result};
@@ -83,14 +83,6 @@ pub(super) struct Epilogue<'a> {
     pub(super) gelu: Gelu<'a>,
 }
 
-/// How a product is cut: the tile, the shares of the depth, and how deep each is.
-#[derive(Clone, Copy)]
-struct Cut {
-    tile: Tile,
-    shares: usize,
-    share_depth: usize,
-}
-
 /// Nothing follows.
 pub(super) const PLAIN: Epilogue<'static> = Epilogue { bias: None, gelu: Gelu::None };
 
@@ -105,11 +97,10 @@ impl Wgpu {
         write: Write,
     ) -> Result<()> {
         let tile = self.tuning.for_result(out.rows, out.cols);
-        let depth = left.extents().1;
-        self.tiled_product(out, left, right, epilogue, write, Cut { tile, shares: 1, share_depth: depth })
+        self.tiled_product(out, left, right, epilogue, write, tile, None)
     }
 
-    /// `out (+)= left right` for a deep product: the depth is cut into shares when the result alone is small. `out`'s rows
+    /// `out (+)= left right` for a deep product: the depth is cut into parts when the result alone is small. `out`'s rows
     /// follow each other without a gap.
     pub(super) fn deep_product(
         &mut self,
@@ -119,19 +110,20 @@ impl Wgpu {
         write: Write,
     ) -> Result<()> {
         let tile = self.tuning.filled_by(out.rows, out.cols);
-        let (count, share_depth) = self.tuning.shares(tile, tile.count(out.rows, out.cols), left.extents().1);
-        let cut = Cut { tile, shares: count, share_depth };
-        if count == 1 {
-            return self.tiled_product(out, left, right, PLAIN, write, cut);
+        let deal = self.tuning.deal(tile, tile.count(out.rows, out.cols), left.extents().1);
+        if deal.shares == 1 {
+            return self.tiled_product(out, left, right, PLAIN, write, tile, None);
         }
         let len = out.rows * out.cols;
-        let parts = self.scratch("shares of a product", count * len.next_multiple_of(4))?;
+        let parts = self.scratch("parts of a product", deal.shares * len.next_multiple_of(4))?;
         let into = Matrix::new(&parts, 0, out.rows, out.cols);
-        self.tiled_product(into, left, right, PLAIN, Write::Set, cut)?;
+        self.tiled_product(into, left, right, PLAIN, Write::Set, tile, Some(deal))?;
         let target = Span { offset: out.at, len };
-        self.add_parts(out.buffer.write(target), &parts, 0, len.next_multiple_of(4), count, write)
+        self.add_parts(out.buffer.write(target), &parts, 0, len.next_multiple_of(4), deal.shares, write)
     }
 
+    /// The product by tiles, a workgroup for each; or dealt out, its parts one after the other in `out`'s buffer.
+    #[allow(clippy::too_many_arguments)]
     fn tiled_product(
         &mut self,
         out: Matrix<'_>,
@@ -139,18 +131,18 @@ impl Wgpu {
         right: Operand<'_>,
         epilogue: Epilogue<'_>,
         write: Write,
-        cut: Cut,
+        tile: Tile,
+        deal: Option<Deal>,
     ) -> Result<()> {
-        let Cut { tile, shares, share_depth } = cut;
         let ((rows, depth), (cols, right_depth)) = (left.extents(), right.extents());
         if (rows, cols, depth) != (out.rows, out.cols, right_depth) {
             return Err(Error::Internal("shapes of a product do not match".to_string()));
         }
-        let share_stride = if shares > 1 { (rows * cols).next_multiple_of(4) } else { 0 };
+        let share_stride = (rows * cols).next_multiple_of(4);
         let ((left_span, left_at), (right_span, right_at)) =
             (aligned(left.matrix().span()), aligned(right.matrix().span()));
         let (mut out_span, out_at) = aligned(out.span());
-        out_span.len += (shares - 1) * share_stride;
+        out_span.len += deal.map_or(0, |deal| (deal.shares - 1) * share_stride);
         let mut binds = vec![
             left.matrix().buffer.read(left_span),
             right.matrix().buffer.read(right_span),
@@ -160,7 +152,7 @@ impl Wgpu {
         let (pre_span, pre_at) = aligned(out.span());
         binds.extend(epilogue.gelu.bind(pre_span));
         let (tiles_down, tiles_across) = (rows.div_ceil(tile.bm), cols.div_ceil(tile.bn));
-        let words = [
+        let sizes = [
             rows,
             cols,
             depth,
@@ -173,23 +165,25 @@ impl Wgpu {
             pre_at as usize,
             tiles_down,
             tiles_across,
-            share_depth,
-            share_stride,
             add_word(write) as usize,
-        ]
-        .map(|word| word as u32);
+        ];
+        let dealt = deal.map(|deal| deal.words(share_stride)).unwrap_or_default();
+        let words: Vec<u32> = sizes.into_iter().chain(dealt).map(|word| word as u32).collect();
         let vec = left.matrix().by_fours() && right.matrix().by_fours();
-        let whole = vec && depth % tile.bk == 0;
+        let by_fours = |size: usize| size > 0 && size.is_multiple_of(4);
+        let whole = vec && depth % tile.bk == 0 && by_fours(rows) && by_fours(cols);
         let across = [left.is_across(), right.is_across()];
-        let by_fours = [vec, out.by_fours(), whole];
-        let kernel = kernel(&self.tuning, tile, across, by_fours, epilogue.bias.is_some(), epilogue.gelu.flag());
-        let groups = shares * tiles_down * tiles_across;
-        self.dispatch(&kernel, &binds, &words, groups, tile.flops(share_depth.min(depth)))
+        let fit = [vec, out.by_fours(), whole];
+        let dealt = [deal.is_some(), deal.is_some_and(|deal| deal.even)];
+        let kernel = kernel(&self.tuning, tile, across, fit, epilogue.bias.is_some(), epilogue.gelu.flag(), dealt);
+        let groups = deal.map_or(tiles_down * tiles_across, Deal::groups);
+        let flops = tile.flops(depth) * (tiles_down * tiles_across) as f64 / groups.max(1) as f64;
+        self.dispatch(&kernel, &binds, &words, groups, flops)
     }
 }
 
 /// An instantiation of `shaders/linear.wgsl`: whether the operands lie across the depth (left, right); whether operands,
-/// and results, are handled by vec4s, and depths are multiples of the tile's; and what follows.
+/// and results, are handled by vec4s, and operands are walked through; what follows; whether it is dealt out, and evenly.
 pub(super) fn kernel(
     tuning: &Tuning,
     tile: Tile,
@@ -197,6 +191,7 @@ pub(super) fn kernel(
     [vec, vec_out, whole]: [bool; 3],
     bias: bool,
     gelu: (&'static str, u32),
+    [deal, even]: [bool; 2],
 ) -> Kernel {
     Kernel::new("linear", "linear", &tuning.variables(tile)).with(&[
         ("left_by_depth", across[0]),
@@ -206,5 +201,7 @@ pub(super) fn kernel(
         ("whole", u32::from(whole)),
         ("bias", u32::from(bias)),
         gelu,
+        ("deal", u32::from(deal)),
+        ("even", u32::from(even)),
     ])
 }

@@ -12,10 +12,12 @@ mod buffer;
 mod device;
 mod embed;
 mod gelu;
+mod kept;
 mod layernorm;
 mod linear;
 mod loss;
 mod matrix;
+mod memory;
 mod pipelines;
 mod profile;
 mod recorder;
@@ -32,9 +34,11 @@ pub use tuning::{Tuning, WORKGROUP_SIZES};
 
 use super::{Device, HeadDims, OpTime, Role, SequenceDims, Write};
 use crate::error::{Error, Result};
+use crate::output;
 use crate::shapes::{Span, TENSOR_ALIGN};
 use buffer::{Bind, Graveyard};
 use device::Gpu;
+use kept::KeptPipelines;
 use pipelines::Pipelines;
 use recorder::{Recorder, Work};
 use std::collections::{HashMap, HashSet};
@@ -63,9 +67,14 @@ pub struct Wgpu {
 /// Every kernel instantiation that the presets' shapes, and shapes that fit no tile, can lead to on adapters with this much
 /// workgroup memory, in bytes; those of [`WORKGROUP_SIZES`] are all there are.
 pub fn instantiations(workgroup_bytes: usize) -> Vec<Kernel> {
-    let mut all = vec![embed::kernels(), layernorm::kernels(), loss::kernels(), adamw::kernels(), reduce::kernels()];
+    let mut all = vec![embed::kernels(), loss::kernels(), adamw::kernels(), reduce::kernels()];
     for tuning in TUNINGS.map(|tuning| tuning.within(workgroup_bytes)) {
-        all.extend([linear::kernels(&tuning), band::kernels(&tuning), attention::kernels(&tuning)]);
+        all.extend([
+            layernorm::kernels(&tuning),
+            linear::kernels(&tuning),
+            band::kernels(&tuning),
+            attention::kernels(&tuning),
+        ]);
     }
     let mut seen = HashSet::new();
     all.into_iter().flatten().filter(|kernel| seen.insert(kernel.clone())).collect()
@@ -80,10 +89,11 @@ impl Wgpu {
         let gpu = device::open(options)?;
         let graveyard = Graveyard::default();
         let workgroup_bytes = gpu.limits.max_compute_workgroup_storage_size as usize;
-        let tuning = options.tuning.unwrap_or(Tuning::of(gpu.info.kind)).within(workgroup_bytes);
+        let tuning = options.tuning.unwrap_or(Tuning::suiting(&gpu.info)).within(workgroup_bytes);
         let tuning = tuning.with(options.tuning_changes.as_deref().unwrap_or(""))?;
         let recorder = Recorder::new(&gpu, tuning.slow_flops, graveyard.clone());
-        let pipelines = Pipelines::new(options.checked)?;
+        let kept = KeptPipelines::open(&gpu, options.cache_folder.as_ref());
+        let pipelines = Pipelines::new(options.checked, kept)?;
         let binding_bytes = options.binding_bytes.unwrap_or(u64::MAX).max(MIN_BINDING_BYTES);
         let scratch = HashMap::new();
         Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch, op: "" })
@@ -92,6 +102,11 @@ impl Wgpu {
     /// The adapter it runs on.
     pub fn adapter(&self) -> &AdapterInfo {
         &self.gpu.info
+    }
+
+    /// Bytes of compiled pipelines that earlier runs had kept; `None` where the driver gives none out.
+    pub fn kept_pipeline_bytes(&mut self) -> Option<usize> {
+        self.pipelines.kept().map(|kept| kept.bytes())
     }
 
     /// Elements that a binding may have.
@@ -154,14 +169,16 @@ impl Wgpu {
 
 /// A buffer of `size` bytes, or a sentence.
 fn create_buffer(gpu: &Gpu, name: &str, size: u64, usage: wgpu::BufferUsages) -> Result<wgpu::Buffer> {
-    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
     if size > gpu.limits.max_buffer_size {
         return Err(Error::Device(format!(
-            "{name} needs {:.1} MiB in one buffer, but {} allows {:.1} MiB; use a smaller model or batch (-b)",
-            mib(size),
+            "{name} needs {} in one buffer, but {} allows {}; use a smaller model or batch (-b)",
+            output::bytes(size as usize),
             gpu.info.describe(),
-            mib(gpu.limits.max_buffer_size)
+            output::bytes(gpu.limits.max_buffer_size as usize)
         )));
+    }
+    if memory::exceeds(gpu, size) {
+        return Err(out_of_memory(gpu, name, size));
     }
     let memory = gpu.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
     let other = gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
@@ -169,16 +186,22 @@ fn create_buffer(gpu: &Gpu, name: &str, size: u64, usage: wgpu::BufferUsages) ->
     let buffer = gpu.device.create_buffer(&wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false });
     let (other, memory) = (pollster::block_on(other.pop()), pollster::block_on(memory.pop()));
     if memory.is_some() {
-        return Err(Error::Device(format!(
-            "out of memory on {}: {name} needs {:.1} MiB; use a smaller batch (-b) or sequence (-t)",
-            gpu.info.name,
-            mib(size)
-        )));
+        return Err(out_of_memory(gpu, name, size));
     }
     match other {
         Some(error) => Err(Error::Device(format!("{} cannot make room for {name}: {error}", gpu.info.name))),
         None => gpu.faults.check().map(|()| buffer),
     }
+}
+
+fn out_of_memory(gpu: &Gpu, name: &str, size: u64) -> Error {
+    let there = match (memory::free_bytes(gpu), memory::held_bytes(gpu)) {
+        (Some(free), _) => format!(" and {} are free", output::bytes(free)),
+        (None, Some(held)) => format!(" besides the {} that this run holds already", output::bytes(held)),
+        (None, None) => String::new(),
+    };
+    let needed = output::bytes(size as usize);
+    Error::out_of_memory(format!("out of memory on {}: {name} needs {needed}{there}", gpu.info.name))
 }
 
 impl Device for Wgpu {
@@ -188,6 +211,14 @@ impl Device for Wgpu {
 
     fn description(&self) -> String {
         self.gpu.info.describe()
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        memory::free_bytes(&self.gpu)
+    }
+
+    fn max_buffer_bytes(&self) -> Option<usize> {
+        usize::try_from(self.gpu.limits.max_buffer_size).ok()
     }
 
     fn element_bytes(&self, _role: Role) -> usize {
@@ -232,7 +263,11 @@ impl Device for Wgpu {
     }
 
     fn collect(&mut self, pending: Pending) -> Result<Vec<f32>> {
-        self.recorder.collect(&self.gpu, pending)
+        let values = self.recorder.collect(&self.gpu, pending)?;
+        if let Some(kept) = self.pipelines.kept() {
+            kept.keep_now_and_then();
+        }
+        Ok(values)
     }
 
     fn sync(&mut self) -> Result<()> {
@@ -252,4 +287,59 @@ impl Device for Wgpu {
 /// As the last parameter of a kernel that either sets or adds.
 fn add_word(write: Write) -> u32 {
     u32::from(write == Write::Add)
+}
+
+#[cfg(test)]
+#[path = "../../../tests/skip/mod.rs"]
+mod skip;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::AdamW;
+
+    fn open() -> Option<Wgpu> {
+        if adapters().is_empty() {
+            skip::skip("wgpu", "this machine has no adapter for Vulkan, Metal or DirectX 12");
+            return None;
+        }
+        Some(Wgpu::new(&Options::default()).unwrap())
+    }
+
+    /// Left to itself, wgpu panics at what nobody has asked about.
+    #[test]
+    fn an_error_that_nobody_waits_for_becomes_a_sentence() {
+        let Some(mut device) = open() else { return };
+        let usage = wgpu::BufferUsages::empty();
+        let _ = device.gpu.device.create_buffer(&wgpu::BufferDescriptor {
+            label: None,
+            size: 16,
+            usage,
+            mapped_at_creation: false,
+        });
+        let error = device.sync().unwrap_err();
+        assert!(error.to_string().contains(" refused a command: ") && error.exit_code() == 2, "{error}");
+    }
+
+    #[test]
+    fn a_lost_device_becomes_a_sentence_whatever_is_asked_of_it() {
+        let Some(mut device) = open() else { return };
+        let mut norm = device.alloc(Role::Statistics, "norm", 1).unwrap();
+        let mut values = device.alloc(Role::Gradients, "values", 100).unwrap();
+        device.grad_norm(&mut norm, &values).unwrap();
+        let pending = device.request(&norm, norm.all()).unwrap();
+        device.gpu.device.destroy();
+        let errors = [
+            device.collect(pending).err(),
+            device.sync().err(),
+            device.upload(&mut values, 0, &[1.0; 100]).err(),
+            device.grad_norm(&mut norm, &values).and_then(|()| device.sync()).err(),
+            device.download(&norm, norm.all()).err(),
+            device.alloc(Role::Activations, "more", 100).err(),
+        ];
+        for error in errors.map(Option::unwrap) {
+            assert!(error.to_string().starts_with("the device ") && error.exit_code() == 2, "{error}");
+            assert!(error.to_string().contains(" was lost "), "{error}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! Kernels: WGSL templates, what they are rendered with, and the compiled pipelines.
 
 use super::device::Gpu;
+use super::kept::KeptPipelines;
 use super::tuning::WORKGROUP_SIZES;
 use crate::error::{Error, Result};
 use minijinja::{Environment, UndefinedBehavior, Value};
@@ -87,9 +88,21 @@ fn environment() -> Result<Environment<'static>> {
     environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     for (name, text) in SHADERS {
+        let text: &'static str = match std::env::var("BANDTRAIN_WGPU_SHADERS")
+            .ok()
+            .and_then(|dir| std::fs::read_to_string(format!("{dir}/{name}")).ok())
+        {
+            Some(other) => Box::leak(other.into_boxed_str()),
+            None => text,
+        };
         environment.add_template(name, text).map_err(template_fault)?;
     }
     Ok(environment)
+}
+
+/// All shader text, with the version of the program that renders it.
+pub(super) fn all_sources() -> String {
+    SHADERS.iter().map(|(_, text)| *text).chain([env!("CARGO_PKG_VERSION")]).collect()
 }
 
 fn template_fault(error: minijinja::Error) -> Error {
@@ -139,13 +152,20 @@ pub(super) struct BindLayout {
 pub(super) struct Pipelines {
     environment: Environment<'static>,
     checked: bool,
+    kept: Option<KeptPipelines>,
     compiled: HashMap<Kernel, Rc<Pipeline>>,
     layouts: HashMap<Vec<bool>, Rc<BindLayout>>,
 }
 
 impl Pipelines {
-    pub(super) fn new(checked: bool) -> Result<Self> {
-        Ok(Self { environment: environment()?, checked, compiled: HashMap::new(), layouts: HashMap::new() })
+    /// `kept` are those of earlier runs; `checked` compiles bounds checks in.
+    pub(super) fn new(checked: bool, kept: Option<KeptPipelines>) -> Result<Self> {
+        Ok(Self { environment: environment()?, checked, kept, compiled: HashMap::new(), layouts: HashMap::new() })
+    }
+
+    /// Those of this and earlier runs, where the driver gives them out.
+    pub(super) fn kept(&mut self) -> Option<&mut KeptPipelines> {
+        self.kept.as_mut()
     }
 
     /// The kernel's pipeline. `writes` says of each of its storage buffers, bound from 1 on, whether it is written.
@@ -168,7 +188,7 @@ impl Pipelines {
                 zero_initialize_workgroup_memory: false,
                 ..Default::default()
             },
-            cache: None,
+            cache: self.kept.as_mut().map(|kept| kept.grow()),
         });
         let errors = [pollster::block_on(internal.pop()), pollster::block_on(scope.pop())];
         if let Some(error) = errors.into_iter().flatten().next() {

@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex};
 
 /// Bytes of one dispatch's parameters: what a dynamic offset has to be a multiple of.
 const PARAMETER_BYTES: usize = 256;
-/// Dispatches recorded at most before they are submitted.
-const MAX_DISPATCHES: usize = 4096;
+/// Dispatches recorded at most before they are submitted: few, so that the device begins while the rest of a step is
+/// recorded, and enough for what a submission takes to be little beside them.
+const MAX_DISPATCHES: usize = 64;
 /// How long a dispatch, and a submission, may take on a slow adapter, in seconds.
 const DISPATCH_SECONDS: f64 = 0.4;
 const SUBMISSION_SECONDS: f64 = 4.0;
@@ -249,6 +250,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 /// Waits for a submission, or for all.
 pub(super) fn wait(gpu: &Gpu, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
     let polled = gpu.device.poll(wgpu::PollType::Wait { submission_index, timeout: None });
+    if polled.is_err() {
+        // That the device was lost is told by a poll that finds its work done, as that of a lost device is.
+        let _ = gpu.device.poll(wgpu::PollType::Poll);
+    }
     gpu.faults.check()?;
     polled.map(|_| ()).map_err(|error| Error::Device(format!("waiting for {} failed: {error}", gpu.info.name)))
 }

@@ -1,6 +1,6 @@
 //! What suits an adapter: tiles, how many threads keep it busy, and how slow it may be; and changes to that from outside.
 
-use super::device::AdapterKind;
+use super::device::{AdapterInfo, AdapterKind};
 use crate::band::{ALIGN, PANEL_ROWS};
 use crate::error::{Error, Result};
 
@@ -29,9 +29,9 @@ pub(super) struct Share {
 pub struct Tuning {
     /// Tiles of dense products by falling size.
     pub(super) dense: [Tile; 3],
-    /// Tiles of the band's expand, as wide as one panel or two have rows: for many rows, and for few.
+    /// Tiles of the band's expand, as wide as one panel or two have rows: for much work, and for little.
     pub(super) expand: [Tile; 2],
-    /// Tiles of the band's contract: for many rows, and for few.
+    /// Tiles of the band's contract: for much work, and for little.
     pub(super) contract: [Tile; 2],
     /// The tile of the band's outer: the rows of one panel or two times some columns of their windows.
     pub(super) outer: Tile,
@@ -43,6 +43,13 @@ pub struct Tuning {
     pub(super) unroll: usize,
     /// Buffers of operands in workgroup memory, 1 or 2, where there is room.
     pub(super) buffers: usize,
+    /// Invocations of a subgroup that load a thread's rows for each other, straight from memory; 0: the threads of a workgroup
+    /// share theirs through its memory.
+    pub(super) subgroup: usize,
+    /// Threads that share a short row, where one sums up a row.
+    pub(super) row_threads: usize,
+    /// Columns of the slices of a band's tile that are skipped where the band does not touch them.
+    pub(super) slice: usize,
     /// Workgroup memory, in bytes.
     pub(super) workgroup_bytes: usize,
     /// FLOP/s that a slow adapter of its kind reaches: work is cut into dispatches by it, so that none runs for long.
@@ -55,24 +62,34 @@ pub const WORKGROUP_SIZES: [usize; 2] = [16 << 10, 48 << 10];
 const MAX_THREADS: usize = 256;
 /// Threads that no adapter needs to be busy.
 const MAX_BUSY: usize = 1 << 22;
-/// Depth that a share of a sum has at least (less is not worth the sum over shares), and what it is a multiple of.
-const SHARE_DEPTH: usize = 256;
-const SHARE_ALIGN: usize = 32;
+/// Registers that one of an adapter's processors has, those that a thread takes beside its results, and how many threads of
+/// 8 x 8 results the processor holds by that: what [`Tuning::busy_threads`] is counted in.
+const CORE_REGISTERS: usize = 1 << 16;
+const OTHER_REGISTERS: usize = 64;
+const CORE_THREADS: usize = CORE_REGISTERS / (8 * 8 + OTHER_REGISTERS);
+/// Depth that a group's part of a sum has at least: less is not worth the sum over parts.
+const LEAST_DEPTH: usize = 256;
 
 const fn tile([bm, bn, bk]: [usize; 3], [tm, tn]: [usize; 2]) -> Tile {
     Tile { bm, bn, bk, tm, tn }
 }
 
+/// How many processors cards have whose names contain this; no interface tells.
+const PROCESSORS: [(&str, usize); 3] = [("H100 PCIe", 114), ("H100", 132), ("H200", 132)];
+
 /// For graphics hardware: 8 x 8 results a thread need the fewest loads from workgroup memory that its registers allow.
 const HARDWARE: Tuning = Tuning {
     dense: [tile([128, 128, 8], [8, 8]), tile([64, 64, 8], [8, 8]), tile([32, 32, 16], [4, 4])],
-    expand: [tile([128, 128, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
-    contract: [tile([128, 64, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
-    outer: tile([128, 64, 8], [8, 8]),
-    attention: [Share { span: 64, tm: 8, tn: 4 }, Share { span: 32, tm: 4, tn: 4 }],
-    busy_threads: 1 << 16,
+    expand: [tile([128, 64, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
+    contract: [tile([128, 128, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
+    outer: tile([128, 96, 8], [8, 8]),
+    attention: [Share { span: 64, tm: 4, tn: 4 }, Share { span: 32, tm: 4, tn: 4 }],
+    busy_threads: 128 * CORE_THREADS,
     unroll: 8,
     buffers: 2,
+    subgroup: 0,
+    row_threads: 32,
+    slice: 32,
     workgroup_bytes: WORKGROUP_SIZES[0],
     slow_flops: 1e12,
 };
@@ -88,15 +105,39 @@ const SOFTWARE: Tuning = Tuning {
     busy_threads: 256,
     unroll: 1,
     buffers: 1,
+    row_threads: 8,
     slow_flops: 8e9,
     ..HARDWARE
 };
 
+/// The same where a subgroup is a vector of 8: a load takes as long as one for each lane, and what one lane has loaded costs
+/// the others nothing. More results a thread than fit the processor's registers do not pay.
+const SOFTWARE_VECTORS: Tuning = Tuning {
+    dense: [tile([64, 64, 8], [16, 8]), tile([32, 64, 8], [16, 8]), tile([32, 32, 8], [16, 4])],
+    expand: [tile([64, 64, 8], [16, 8]), tile([32, 64, 8], [16, 8])],
+    contract: [tile([64, 64, 8], [16, 8]), tile([32, 64, 8], [16, 8])],
+    outer: tile([64, 64, 8], [16, 8]),
+    attention: [Share { span: 32, tm: 32, tn: 4 }; 2],
+    subgroup: 8,
+    ..SOFTWARE
+};
+
 /// Every table there is.
-pub(super) const TUNINGS: [Tuning; 2] = [HARDWARE, SOFTWARE];
+pub(super) const TUNINGS: [Tuning; 3] = [HARDWARE, SOFTWARE, SOFTWARE_VECTORS];
 
 impl Tuning {
-    /// What suits adapters of this kind.
+    /// What suits this adapter.
+    pub fn suiting(adapter: &AdapterInfo) -> Self {
+        let vectors = adapter.subgroup == Some(SOFTWARE_VECTORS.subgroup);
+        let known = PROCESSORS.into_iter().find(|(name, _)| adapter.name.contains(name));
+        match (adapter.kind, known) {
+            (AdapterKind::Software, _) if vectors => SOFTWARE_VECTORS,
+            (kind, Some((_, processors))) => Self::of(kind).with_busy_threads(processors * CORE_THREADS),
+            (kind, None) => Self::of(kind),
+        }
+    }
+
+    /// What suits adapters of this kind, whatever their subgroups are.
     pub fn of(kind: AdapterKind) -> Self {
         match kind {
             AdapterKind::Discrete => HARDWARE,
@@ -111,8 +152,8 @@ impl Tuning {
     /// The same with changes, `key=value` separated by semicolons. `dense`, `expand`, `contract` and `outer` take tiles
     /// (`128x64x8:8x8`: 128 rows x 64 columns of results, 8 of the depth at a time, 8 rows x 8 columns for a thread), the
     /// first ones of their list where there are several, separated by commas; `attention` takes `64x32:4x4` (64 queries meet
-    /// 32 keys at a time, and a thread 4 x 4 of these), for its forward and its backward; `busy`, `unroll` and `buffers`
-    /// numbers.
+    /// 32 keys at a time, and a thread 4 x 4 of these), for its forward and its backward; `busy`, `unroll`, `buffers` and
+    /// `slice` numbers.
     ///
     /// # Errors
     /// [`Error::Usage`]: an unknown key, or a value that the kernels cannot be made with.
@@ -137,7 +178,11 @@ impl Tuning {
             "busy" => numbers(value).map(|[busy]| self.busy_threads = busy),
             "unroll" => numbers(value).map(|[unroll]| self.unroll = unroll),
             "buffers" => numbers(value).map(|[buffers]| self.buffers = buffers),
-            _ => Err("the keys are dense, expand, contract, outer, attention, busy, unroll and buffers".to_string()),
+            "slice" => numbers(value).map(|[slice]| self.slice = slice),
+            _ => {
+                Err("the keys are dense, expand, contract, outer, attention, busy, unroll, buffers and slice"
+                    .to_string())
+            }
         }
     }
 
@@ -154,18 +199,33 @@ impl Tuning {
         }
         let fits = |&Share { span, tm, tn }: &Share| {
             [32, 64].contains(&span)
-                && [4, 8, 16].contains(&tm)
+                && [4, 8, 16, 32].contains(&tm)
                 && [4, 8].contains(&tn)
                 && 64 / tm * span / tn <= MAX_THREADS
         };
         if !self.attention.iter().all(fits) {
-            return Err("attention is 64x32 or 64x64, a thread's share of it 4, 8 or 16 by 4 or 8".to_string());
+            return Err("attention is 64x32 or 64x64, a thread's share of it 4, 8, 16 or 32 by 4 or 8".to_string());
         }
         if !(1..=MAX_BUSY).contains(&self.busy_threads)
             || ![1, 2].contains(&self.buffers)
             || ![1, 2, 4, 8, 16, 32].contains(&self.unroll)
+            || ![32, 64, 128].contains(&self.slice)
         {
-            return Err(format!("busy is 1 to {MAX_BUSY}, buffers 1 or 2, unroll a power of 2 up to 32"));
+            return Err(format!(
+                "busy is 1 to {MAX_BUSY}, buffers 1 or 2, unroll a power of 2 up to 32, slice 32, 64 or 128"
+            ));
+        }
+        let subgroup = |rows: usize, across: usize| {
+            self.subgroup == 0 || (rows / 4 <= self.subgroup && across.is_multiple_of(self.subgroup))
+        };
+        if !self.dense.iter().chain(band).all(|tile| subgroup(tile.tm, tile.bn / tile.tn))
+            || !self.attention.iter().all(|share| subgroup(share.tm, share.span / share.tn))
+        {
+            return Err(format!(
+                "a thread's columns go a multiple of {0} times into a tile's where {0} lanes share up to {1} rows",
+                self.subgroup,
+                4 * self.subgroup
+            ));
         }
         Ok(())
     }
@@ -180,8 +240,25 @@ impl Tuning {
         Self { busy_threads: busy_threads.max(1), ..self }
     }
 
+    /// The same for an adapter that may be as slow as this many FLOP/s.
+    pub fn with_slow_flops(self, slow_flops: f64) -> Self {
+        Self { slow_flops: slow_flops.max(1.0), ..self }
+    }
+
+    /// The columns of a slice of a band's tile, at least `least`: as many as are skipped together, if the threads of so many
+    /// are whole subgroups, else all. Where lanes share their rows a tile is as small as a slice.
+    pub(super) fn slice_of(&self, tile: Tile, least: usize) -> usize {
+        if self.subgroup > 0 {
+            return tile.bn;
+        }
+        let slice = self.slice.max(least).min(tile.bn);
+        let threads = slice / tile.tn * (tile.bm / tile.tm);
+        let whole = tile.bn.is_multiple_of(slice) && slice.is_multiple_of(tile.tn) && threads.is_multiple_of(32);
+        if whole { slice } else { tile.bn }
+    }
+
     /// The template's variables for products by `tile`.
-    pub(super) fn variables(&self, tile: Tile) -> [(&'static str, u32); 8] {
+    pub(super) fn variables(&self, tile: Tile) -> [(&'static str, u32); 9] {
         let Tile { bm, bn, bk, tm, tn } = tile;
         let buffers = if tile.bytes(2) <= self.workgroup_bytes { self.buffers } else { 1 };
         let unroll = self.unroll.min(bk);
@@ -194,14 +271,21 @@ impl Tuning {
             ("threads", tile.threads()),
             ("buffers", buffers),
             ("unroll", unroll),
+            ("subgroup", self.subgroup),
         ]
         .map(|(name, value)| (name, value as u32))
     }
 
     /// The largest tile of which a dense result has enough to keep the adapter busy, else the smallest.
     pub(super) fn for_result(&self, rows: usize, cols: usize) -> Tile {
-        let busy = |tile: &Tile| tile.count(rows, cols) * tile.threads() >= self.busy_threads;
+        let busy = |tile: &Tile| self.is_busy_with(*tile, tile.count(rows, cols));
         self.dense.into_iter().find(busy).unwrap_or(self.dense[2])
+    }
+
+    /// Whether so many groups of a tile's threads are three quarters of what the adapter holds at once: smaller tiles do more
+    /// work than would be won.
+    pub(super) fn is_busy_with(&self, tile: Tile, groups: usize) -> bool {
+        4 * groups * tile.threads() >= 3 * self.busy_threads
     }
 
     /// The largest tile that a dense result fills, else the smallest.
@@ -209,21 +293,65 @@ impl Tuning {
         self.dense.into_iter().find(|tile| rows >= tile.bm && cols >= tile.bn).unwrap_or(self.dense[2])
     }
 
-    /// Into how many shares to cut sums of `depth` products so that `count` tiles keep the adapter busy, and each one's
-    /// depth.
-    pub(super) fn shares(&self, tile: Tile, count: usize, depth: usize) -> (usize, usize) {
-        let threads = count.max(1) * tile.threads();
-        let wanted = self.busy_threads.div_ceil(threads).min(depth / SHARE_DEPTH).max(1);
-        let share = depth.div_ceil(wanted).next_multiple_of(SHARE_ALIGN);
-        (depth.div_ceil(share).max(1), share)
+    /// How many groups of a tile's threads the adapter holds at once.
+    fn resident(&self, tile: Tile) -> usize {
+        match self.busy_threads / CORE_THREADS {
+            0 => (self.busy_threads / tile.threads()).max(1),
+            cores => cores * (CORE_REGISTERS / (tile.tm * tile.tn + OTHER_REGISTERS) / tile.threads()).max(1),
+        }
     }
 
-    /// The most elements that the shares of one product take: the threads of all shares but one are fewer than busy ones,
-    /// and so are those of one share when there are more.
+    /// How to deal `count` tiles of sums of `depth` products out to groups. Each tile is one group's if the adapter holds no
+    /// more of them at once; else as many groups' as it holds, so that all begin and end together.
+    pub(super) fn deal(&self, tile: Tile, count: usize, depth: usize) -> Deal {
+        let (count, tile_steps) = (count.max(1), depth.div_ceil(tile.bk).max(1));
+        let most = count * tile_steps / (LEAST_DEPTH / tile.bk);
+        let groups = self.resident(tile).min(most).max(count);
+        // Whole groups for every tile take fewer registers, and are as good where they leave little of the adapter idle.
+        let shares = groups / count;
+        if shares == 1 && groups == count || 10 * shares * count >= 9 * groups {
+            return Deal { tiles: count, tile_steps, group_steps: tile_steps.div_ceil(shares), shares, even: true };
+        }
+        Deal::one_list(count, tile_steps, (count * tile_steps).div_ceil(groups))
+    }
+
+    /// The most elements that the parts of one product's tiles take: each of the groups that an adapter holds makes one, and
+    /// each of the fewer tiles begins and ends in the middle of a group.
     pub(super) fn most_shares(&self) -> usize {
-        let results = |tile: &Tile| tile.tm * tile.tn;
-        let most = self.dense.iter().chain([&self.outer]).map(results).max().unwrap_or(0);
-        2 * self.busy_threads * most
+        let results = |tile: &Tile| self.resident(*tile) * tile.bm * tile.bn;
+        3 * self.dense.iter().chain([&self.outer]).map(results).max().unwrap_or(0)
+    }
+}
+
+/// The steps of tiles' depths, dealt out to groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Deal {
+    tiles: usize,
+    /// Steps of a tile, and of a group.
+    tile_steps: usize,
+    group_steps: usize,
+    /// Groups that a tile falls to at most: the parts that its sums come in.
+    pub(super) shares: usize,
+    /// Whether every tile has groups of its own, as many as the others.
+    pub(super) even: bool,
+}
+
+impl Deal {
+    /// As one list of all tiles' steps.
+    fn one_list(tiles: usize, tile_steps: usize, group_steps: usize) -> Self {
+        let group_of = |step: usize| step / group_steps;
+        let shares = |tile: usize| group_of((tile + 1) * tile_steps - 1) - group_of(tile * tile_steps) + 1;
+        let shares = (0..tiles).map(shares).max().unwrap_or(1);
+        Self { tiles, tile_steps, group_steps, shares, even: false }
+    }
+
+    pub(super) fn groups(self) -> usize {
+        if self.even { self.tiles * self.shares } else { (self.tiles * self.tile_steps).div_ceil(self.group_steps) }
+    }
+
+    /// A kernel's parameters; the parts of its result are `share_stride` elements apart.
+    pub(super) fn words(self, share_stride: usize) -> [usize; 5] {
+        [self.tiles, self.tile_steps, self.group_steps, self.shares, share_stride]
     }
 }
 
@@ -254,10 +382,10 @@ impl Tile {
             return Err("a tile's rows and columns are multiples of 32 up to 256, its depth is 8, 16 or 32".to_string());
         }
         let share =
-            |share: usize, of: usize| share.is_multiple_of(4) && (4..=16).contains(&share) && of.is_multiple_of(share);
+            |share: usize, of: usize| share.is_multiple_of(4) && (4..=32).contains(&share) && of.is_multiple_of(share);
         if !share(tm, bm) || !share(tn, bn) || self.threads() > MAX_THREADS {
             return Err(format!(
-                "a thread's rows and columns are 4, 8, 12 or 16 and divide the tile's, for at most {MAX_THREADS} threads"
+                "a thread's rows and columns are multiples of 4 up to 32 and divide the tile's, for at most {MAX_THREADS} threads"
             ));
         }
         if self.bytes(1) > workgroup_bytes {
@@ -301,19 +429,57 @@ fn numbers<const N: usize>(text: &str) -> std::result::Result<[usize; N], String
 mod tests {
     use super::*;
 
+    fn adapter(name: &str, kind: AdapterKind, subgroup: Option<usize>) -> AdapterInfo {
+        let (backend, driver, name) = ("Vulkan".to_string(), String::new(), name.to_string());
+        AdapterInfo { index: 0, name, kind, backend, driver, limits: Vec::new(), features: Vec::new(), subgroup }
+    }
+
     #[test]
-    fn shares_cover_the_depth_and_no_more() {
-        for busy in [1, 1024, 1 << 16] {
+    fn a_card_is_known_by_its_name_and_a_processor_by_its_vectors() {
+        let tuning = |name, kind, subgroup| Tuning::suiting(&adapter(name, kind, subgroup));
+        let card = |name| tuning(name, AdapterKind::Discrete, Some(32)).busy_threads / CORE_THREADS;
+        assert_eq!(card("NVIDIA H100 80GB HBM3"), 132);
+        assert_eq!(card("NVIDIA H100 PCIe"), 114);
+        assert_eq!(card("Big Card"), 128);
+        assert_eq!(tuning("llvmpipe", AdapterKind::Software, Some(8)), SOFTWARE_VECTORS);
+        assert_eq!(tuning("llvmpipe", AdapterKind::Software, Some(4)), SOFTWARE);
+        assert_eq!(tuning("llvmpipe", AdapterKind::Software, None), SOFTWARE);
+        assert_eq!(tuning("Small Chip", AdapterKind::Integrated, Some(8)), Tuning::of(AdapterKind::Integrated));
+    }
+
+    #[test]
+    fn tiles_are_large_where_they_nearly_fill_the_adapter() {
+        let card = HARDWARE.with_busy_threads(132 * CORE_THREADS);
+        assert_eq!(card.for_result(8192, 512), card.dense[0]);
+        assert_eq!(card.for_result(8192, 256), card.dense[2]);
+        assert_eq!(card.with_busy_threads(1).for_result(1, 1), card.dense[0]);
+    }
+
+    #[test]
+    fn dealt_parts_are_equal_fill_the_adapter_and_fit_their_memory() {
+        for busy in [1, 300, 1024, 1 << 16] {
             let tuning = HARDWARE.with_busy_threads(busy);
-            for (count, depth) in [(96, 8192), (1, 8192), (1000, 8192), (4, 100), (1, 1)] {
-                let (shares, share) = tuning.shares(tuning.dense[0], count, depth);
-                assert!(share % 32 == 0 && shares * share >= depth && (shares - 1) * share < depth, "{count} {depth}");
-                let elements = if shares > 1 { shares * count * 128 * 128 } else { 0 };
-                assert!(elements <= tuning.most_shares(), "{busy} {count} {depth}: {elements}");
+            for (count, depth) in [(96, 8192), (1, 8192), (1000, 8192), (250, 1000), (4, 100), (1, 1), (3, 0)] {
+                for tile in [tuning.dense[0], tuning.outer] {
+                    let deal = tuning.deal(tile, count, depth);
+                    assert!(deal.groups() * deal.group_steps >= count * deal.tile_steps, "{count} {depth}");
+                    assert!(deal.shares * deal.group_steps >= deal.tile_steps, "{count} {depth}");
+                    assert!(deal.groups() <= tuning.resident(tile).max(count), "{count} {depth}");
+                    let elements = if deal.shares > 1 { deal.shares * count * tile.bm * tile.bn } else { 0 };
+                    assert!(elements <= tuning.most_shares(), "{busy} {count} {depth}: {elements}");
+                }
             }
         }
-        assert_eq!(HARDWARE.shares(HARDWARE.dense[0], 96, 8192), (3, 2752));
-        assert_eq!(SOFTWARE.shares(SOFTWARE.dense[0], 96, 8192).0, 1);
+        let shares = |tile, count| {
+            let deal = HARDWARE.deal(tile, count, 8192);
+            (deal.groups(), deal.group_steps, deal.shares, deal.even)
+        };
+        assert_eq!(shares(HARDWARE.dense[0], 64), (256, 256, 4, true));
+        assert_eq!(shares(HARDWARE.dense[0], 48), (240, 205, 5, true));
+        assert_eq!(shares(HARDWARE.dense[0], 96), (256, 384, 4, false));
+        assert_eq!(shares(HARDWARE.dense[0], 300), (300, 1024, 1, true));
+        assert_eq!(shares(HARDWARE.outer, 44), (256, 176, 7, false));
+        assert_eq!(SOFTWARE.deal(SOFTWARE.dense[0], 96, 8192).shares, 1);
     }
 
     #[test]
@@ -350,6 +516,17 @@ mod tests {
     }
 
     #[test]
+    fn lanes_share_no_more_rows_than_they_are_and_whole_subgroups_do() {
+        for (changes, fine) in
+            [("dense=64x64x8:32x8", true), ("dense=64x32x8:16x8", false), ("attention=64x32:4x8", false)]
+        {
+            assert_eq!(SOFTWARE_VECTORS.with(changes).is_ok(), fine, "{changes}");
+        }
+        let four = Tuning { subgroup: 4, ..SOFTWARE };
+        assert!(four.with("dense=64x64x8:32x8").unwrap_err().to_string().contains("4 lanes share up to 16 rows"));
+    }
+
+    #[test]
     fn changes_that_make_no_kernel_are_sentences() {
         for (changes, why) in [
             ("fast", "the keys are dense"),
@@ -370,6 +547,7 @@ mod tests {
             ("busy=0", "busy is 1 to"),
             ("busy=9999999", "busy is 1 to"),
             ("unroll=3", "unroll a power of 2"),
+            ("slice=16", "slice 32, 64 or 128"),
         ] {
             let error = HARDWARE.with(changes).unwrap_err();
             assert!(error.to_string().contains(why) && error.exit_code() == 2, "{changes}: {error}");
