@@ -27,10 +27,8 @@ TMPDIR=$(mktemp -d -p "$([ -d /dev/shm ] && echo /dev/shm || echo "${TMPDIR:-/tm
 export TMPDIR
 trap 'rm -rf "$TMPDIR"' EXIT
 program=$CARGO_TARGET_DIR/$triple/release/$target
-# Nothing that a file of this size says may cost half a minute; what it may cost of memory is in src/lib.rs, and leaves no
-# room for the names of a backtrace.
+# Nothing that a file of this size says may cost half a minute; what it may cost of memory is in src/lib.rs.
 limits=(-timeout=30 -max_len=8192)
-export RUST_BACKTRACE=0
 if [ "$seconds" = keep ]; then
     mkdir "$TMPDIR/merged"
     "$program" -set_cover_merge=1 -use_counters=0 -merge_control_file="$TMPDIR/control" "${limits[@]}" \

@@ -16,10 +16,12 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use tempfile::TempDir;
 
-/// All memory there is for the program, its tables included. A file of some kilobytes that makes a reader ask for more, by
-/// whatever its header says, ends the run, or is told of it as a device's error, which [`accept`] does not.
+/// Counts the memory that the program has at a time.
 #[global_allocator]
-static MEMORY: Cap<System> = Cap::new(System, 64 << 20);
+static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
+/// The most that it may have had, its tables included. The inputs have some kilobytes, so what exceeds this is what a header
+/// made a reader ask for.
+const MOST_MEMORY: usize = 64 << 20;
 
 /// A target: reads its input in one way, as a file in a folder.
 pub type Target = fn(&Folder, &[u8]);
@@ -81,15 +83,18 @@ pub fn fuzz(target: Target, data: &[u8]) {
     target(&FOLDER, data);
 }
 
-/// A reader may refuse with one sentence that is the user's to mend, and with nothing else.
+/// A reader may refuse with one sentence that is the user's to mend, and with nothing else, and takes no more memory than
+/// [`MOST_MEMORY`].
 fn accept<T>(result: Result<T>) -> Option<T> {
+    let most = MEMORY.max_allocated();
+    assert!(most <= MOST_MEMORY, "a file led to {most} bytes of memory");
     match result {
         Ok(value) => Some(value),
         Err(error @ (Error::File { .. } | Error::Io { .. } | Error::Usage(_))) => {
             assert!(error.to_string().len() < 2000, "a sentence of {} bytes", error.to_string().len());
             None
         }
-        // A device's error among them: that memory was asked for which there is not.
+        // A device's error among them: more memory was asked for than there is.
         Err(error) => panic!("a file led to {error:?}"),
     }
 }
