@@ -35,6 +35,12 @@ fn every_operation_agrees_with_large_tiles() {
     check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete).with_busy_threads(1)), ..checked() });
 }
 
+/// The kernels of software adapters without subgroups, or with others.
+#[test]
+fn every_operation_agrees_without_subgroups() {
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Software)), ..Options::default() });
+}
+
 /// Tiles that no table has: operands in several rounds, parts of rounds, one buffer, one panel, partly unrolled loops.
 #[test]
 fn every_operation_agrees_with_other_tiles() {

@@ -88,13 +88,6 @@ fn environment() -> Result<Environment<'static>> {
     environment.set_undefined_behavior(UndefinedBehavior::SemiStrict);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     for (name, text) in SHADERS {
-        let text: &'static str = match std::env::var("BANDTRAIN_WGPU_SHADERS")
-            .ok()
-            .and_then(|dir| std::fs::read_to_string(format!("{dir}/{name}")).ok())
-        {
-            Some(other) => Box::leak(other.into_boxed_str()),
-            None => text,
-        };
         environment.add_template(name, text).map_err(template_fault)?;
     }
     Ok(environment)
