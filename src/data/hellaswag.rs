@@ -278,7 +278,7 @@ pub fn read_json_lines(path: &Path, tokenizer: Tokenizer) -> Result<Vec<Question
 /// Turns HellaSwag's published files into one of llm.c's; returns the number of questions.
 ///
 /// # Errors
-/// As [`read_json_lines`] and [`write`]; nothing is written then.
+/// As [`read_json_lines`] and [`write()`]; nothing is written then.
 pub fn convert(inputs: &[PathBuf], output: &Path, tokenizer: Tokenizer) -> Result<usize> {
     if let Some(input) = inputs.iter().find(|input| same_file(input, output)) {
         return Err(Error::file(input, "is an input and would be overwritten; name another output"));
