@@ -14,8 +14,8 @@
 // Grid: a block has BLOCK_ROWS x BLOCK_COLS results, a warp of it WARP_ROWS x WARP_COLS; STAGES tiles of DEPTH are on their
 //   way. expand: for each tile of rows the groups of BLOCK_COLS / 64 panels; contract: for each tile of rows the tiles of
 //   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row.
-// Determinism: every result is summed by one warp in order of the depth; shares are added in order.
-// Products: by warps, or with WGMMA by warpgroups, which have 64 rows and all of the block's 128 columns: WARP_ROWS is 16.
+//   Products are by warps, or with WGMMA by warpgroups of 64 rows and all of the block's columns: WARP_ROWS is 16 then.
+// Determinism: every result is summed by one warp (or warpgroup) in order of the depth; shares are added in order.
 // Caller: src/backend/cuda/band.rs.
 
 constexpr int WARPS_DOWN = BLOCK_ROWS / WARP_ROWS;

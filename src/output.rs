@@ -24,9 +24,17 @@ macro_rules! say {
 
 /// Text from a file (or an error that may cite one), fit to be shown: cut short and without control characters.
 pub fn quoted(text: &str) -> String {
-    const SHOWN: usize = 60;
-    let dots = if text.chars().nth(SHOWN).is_some() { "..." } else { "" };
-    format!("'{}{dots}'", text.chars().take(SHOWN).collect::<String>().escape_debug())
+    format!("'{}'", shortened(text, 60))
+}
+
+/// Words that may cite a file at length: cut after `most` characters and without control characters.
+pub fn shortened(text: &str, most: usize) -> String {
+    let shown = |character: char| match character.is_control() {
+        true => character.escape_debug().to_string(),
+        false => character.to_string(),
+    };
+    let dots = if text.chars().nth(most).is_some() { "..." } else { "" };
+    text.chars().take(most).map(shown).chain([dots.to_string()]).collect()
 }
 
 /// A count with commas between the thousands.

@@ -3,33 +3,20 @@
 //! `BANDTRAIN_REQUIRE=cuda` makes that a failure.
 
 mod agreement;
+mod card;
 #[path = "golden.rs"]
 mod golden;
 mod skip;
 
-use bandtrain::backend::cuda::{self, Cuda, Options};
+use bandtrain::backend::cuda::Options;
 use bandtrain::backend::{Arithmetic, Attention, Device, Role, SequenceDims};
 use bandtrain::config::preset;
-use bandtrain::error::Error;
-use bandtrain::memory::MemoryEstimate;
 use bandtrain::model::{Activations, Model};
 use bandtrain::optim::{Optimizer, Recipe};
 use bandtrain::parity;
 use bandtrain::tolerance::UNIT_F32;
 use bandtrain::weights::Weights;
-
-/// The card, or `None` with a visible line when there is none.
-fn device(options: Options) -> Option<Cuda> {
-    if !cuda::is_usable() {
-        skip::skip("cuda", "this machine has no NVIDIA card with its driver, NVRTC and cuBLASLt");
-        return None;
-    }
-    Some(Cuda::new(options).unwrap())
-}
-
-fn of(arithmetic: Arithmetic) -> Options {
-    Options { arithmetic, ..Options::default() }
-}
+use card::{device, of};
 
 fn check_parity(options: Options) {
     let Some(device) = device(options) else { return };
@@ -117,35 +104,6 @@ fn every_kernel_is_timed() {
     for op in ["embed_forward", "band_expand", "attention_backward", "loss_forward_backward", "adamw_step"] {
         assert!(times.iter().any(|time| time.op == op && time.count > 0 && time.seconds >= 0.0), "{op} is missing");
     }
-}
-
-#[test]
-fn a_training_that_memory_cannot_hold_is_told_which_batch_fits() {
-    const BATCH: usize = 1 << 20;
-    let Some(device) = device(of(Arithmetic::Bf16)) else { return };
-    let config = preset("toy").unwrap().model;
-    let advised = |sentence: &str| -> usize {
-        let (_, rest) = sentence.split_once("; choose -b ").unwrap_or_else(|| panic!("{sentence}"));
-        rest.strip_suffix(" or less").unwrap().parse().unwrap()
-    };
-    // Foreseen.
-    let foreseen = MemoryEstimate::check(&device, &config, BATCH, 128).unwrap_err();
-    assert!(foreseen.to_string().contains(" are free on ") && foreseen.exit_code() == 2, "{foreseen}");
-    assert!((1..BATCH).contains(&advised(&foreseen.to_string())), "{foreseen}");
-    // Met on the way.
-    let mut model = Model::new(device, &Weights::init(&config, 1).unwrap()).unwrap();
-    let error = Activations::new(&mut model, BATCH, 128, true).err().unwrap();
-    let error = MemoryEstimate::advise(model.backend(), &config, BATCH, 128, error);
-    assert!(matches!(error, Error::OutOfMemory { .. }) && error.exit_code() == 2, "{error}");
-    let sentence = error.to_string();
-    for part in ["out of memory on ", " needs ", " are free; choose -b "] {
-        assert!(sentence.contains(part), "{sentence}");
-    }
-    // Of the memory of a machine that other programs use too.
-    let (advised, foreseen) = (advised(&sentence) as f64, advised(&foreseen.to_string()) as f64);
-    assert!((0.5..2.0).contains(&(advised / foreseen)), "{sentence}, but {foreseen} was foreseen");
-    // The device is as good as before.
-    Activations::new(&mut model, 1, 128, true).unwrap();
 }
 
 /// Runs the program where only these of the libraries are found, and returns the sentence and the exit code.

@@ -260,7 +260,6 @@ impl TrainConfig {
         let after = self.progress.as_ref().map(|progress| progress.step);
         let interrupt = interrupt::listen()?;
         let mut reporter = Reporter::new(plan.steps, show, &device, &self.outputs.reports, after)?;
-        self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
         describe(&self.name, &self.weights, plan, &self.train, &device, &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
@@ -274,6 +273,8 @@ impl TrainConfig {
             if let Some(progress) = self.progress.take() {
                 trainer.resume(&mut self.train, progress)?;
             }
+            // Not before there is memory for it: these files say that there was a run.
+            self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
             trainer.run(&mut self.train, self.val.as_mut(), interrupt)
         };
         let summary = train(&mut model)

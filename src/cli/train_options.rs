@@ -6,6 +6,7 @@ use crate::data::Shuffle;
 use crate::error::{Error, Result};
 use crate::every::Every;
 use crate::optim::{Recipe, Schedule};
+use crate::output::shortened;
 use clap::builder::NonEmptyStringValueParser;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -290,6 +291,7 @@ impl TrainOptions {
             let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             // The list of what it might be is longer than a sentence.
             let what = error.message().split(", expected one of").next().unwrap_or_default();
+            let what = shortened(what, MOST_CITED);
             let advice = "options go by their long names, as in steps = 300, and --help lists them";
             Error::file(&path, format!("line {line}: {what}; {advice}"))
         })?;
@@ -306,9 +308,15 @@ impl TrainOptions {
             toml::Value::String(text) => format!("--{key}={text}"),
             number => format!("--{key}={number}"),
         });
-        command.try_get_matches_from(args).map(|_| ()).map_err(|error| Error::file(path, super::sentence(&error)))
+        command
+            .try_get_matches_from(args)
+            .map(|_| ())
+            .map_err(|error| Error::file(path, shortened(&super::sentence(&error), MOST_CITED)))
     }
 }
+
+/// Characters of a complaint about a file of options, which cites keys and values: more than any sensible one has.
+const MOST_CITED: usize = 300;
 
 /// The text of a file of options.
 fn read_text(path: &Path) -> Result<String> {
