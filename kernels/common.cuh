@@ -136,8 +136,14 @@ __device__ __forceinline__ void wgmma_wait() {
 
 template <int N, bool LeftAcross, bool RightAcross>
 __device__ __forceinline__ void wgmma(float (*c)[4], u64 left, u64 right) {
-    static_assert(N == 64 || N == 96 || N == 128, "the widths that kernels use");
-    if constexpr (N == 64) {
+    static_assert(N == 32 || N == 64 || N == 96 || N == 128, "the widths that kernels use");
+    if constexpr (N == 32) {
+        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, on, 1, 1, %18, %19;}"
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3)
+                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
+                     : "memory");
+    } else if constexpr (N == 64) {
         asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
                      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
                      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, on, 1, 1, %34, %35;}"
@@ -171,6 +177,65 @@ __device__ __forceinline__ void wgmma(float (*c)[4], u64 left, u64 right) {
 // A point in the order of what the compiler does with these registers.
 __device__ __forceinline__ void wgmma_hold(float (&c)[4]) {
     asm volatile("" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])::"memory");
+}
+
+// A warpgroup gives back registers until each thread has `Count`, or waits until there are as many for it.
+template <int Count>
+__device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+template <int Count>
+__device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Count));
+}
+
+// Barriers in shared memory that count arrivals and the bytes that copies bring. A phase ends once `count` threads have arrived
+// and all bytes that were announced are there; phases are numbered 0, 1, 0, 1 and so on.
+
+__device__ __forceinline__ void barrier_init(u64* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+
+// Shows new barriers to the copy engine.
+__device__ __forceinline__ void barrier_show() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    wgmma_show();
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and announces bytes.
+__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the phase `phase`; that before the first has ended.
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 phase) {
+    asm volatile("{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; @done bra over; bra again; over:}"
+                 ::"r"(shared_address(barrier)), "r"(phase)
+                 : "memory");
+}
+
+// Arrives when all copies that this thread has started with `copy_async` are there.
+__device__ __forceinline__ void copy_async_arrive(u64* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// A matrix as the copy engine is told of it.
+struct __align__(64) TensorMap {
+    u64 words[16];
+};
+
+// Starts to copy the map's box from (row, col) on to shared memory, as a tile; zeros outside the matrix. The barrier counts
+// the box's bytes.
+__device__ __forceinline__ void tensor_load(char* shared, const TensorMap* map, int col, int row, u64* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+                     shared_address(shared)),
+                 "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
 }
 
 #endif

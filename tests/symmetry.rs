@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// What is no operation: a backend's machinery, and what kernels share.
-const HELPERS: [&str; 19] = [
+/// What is no operation: a backend's machinery, what kernels share, and a second way to the products of `band`.
+const HELPERS: [&str; 20] = [
     "mod",
     "common",
     "matrix",
@@ -18,6 +18,7 @@ const HELPERS: [&str; 19] = [
     "profile",
     "recorder",
     "tuning",
+    "band_hopper",
     "blas",
     "compiler",
     "driver",

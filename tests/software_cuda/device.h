@@ -233,6 +233,32 @@ template <int Open> __forceinline__ void wgmma_wait() {
 
 __forceinline__ void wgmma_hold(float (&)[4]) { asm volatile("" ::: "memory"); }
 
+__forceinline__ void barrier_init(unsigned long long* barrier, int count) { software_cuda_phase_init(barrier, count); }
+
+__forceinline__ void barrier_show() {}
+
+__forceinline__ void barrier_arrive(unsigned long long* barrier) { software_cuda_phase_arrive(barrier, 0); }
+
+__forceinline__ void barrier_expect(unsigned long long* barrier, int bytes) { software_cuda_phase_arrive(barrier, bytes); }
+
+__forceinline__ void barrier_wait(unsigned long long* barrier, unsigned phase) {
+    asm volatile("" ::: "memory");
+    software_cuda_phase_wait(barrier, phase);
+    asm volatile("" ::: "memory");
+}
+
+__forceinline__ void copy_async_arrive(unsigned long long* barrier) { software_cuda_copy_arrive(barrier); }
+
+template <int Count> __forceinline__ void registers_down() {}
+
+template <int Count> __forceinline__ void registers_up() {}
+
+typedef software_cuda::TensorMap TensorMap;
+
+__forceinline__ void tensor_load(char* shared, const TensorMap* map, int column, int row, unsigned long long* barrier) {
+    software_cuda_copy_box(shared, map, column, row, barrier);
+}
+
 template <int Columns, bool LeftAcross, bool RightAcross>
 __forceinline__ void wgmma(float (*c)[4], unsigned long long left, unsigned long long right) {
     software_cuda_begin_product({c, left, right, Columns, 0, LeftAcross, RightAcross});

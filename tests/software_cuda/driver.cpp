@@ -756,6 +756,23 @@ API cuGraphExecDestroy(Graph* executable) {
     return destroy(executables, executable);
 }
 
+// ---- Maps for copies of boxes: of a matrix of 16-bit numbers, boxes 64 columns wide, permuted by 128 bytes
+
+API cuTensorMapEncodeTiled(software_cuda::TensorMap* map, int type, unsigned rank, void* base, const uint64_t* sizes,
+                           const uint64_t* pitches, const uint32_t* box, const uint32_t* steps, int interleave, int swizzle,
+                           int, int fill) {
+    std::lock_guard guard(device);
+    constexpr int BF16 = 9, PERMUTED_128 = 3;
+    CHECK(reinterpret_cast<uintptr_t>(map) % 64 == 0, INVALID_VALUE);
+    CHECK(type == BF16 && rank == 2 && interleave == 0 && swizzle == PERMUTED_128 && fill == 0, INVALID_VALUE);
+    CHECK(reinterpret_cast<uintptr_t>(base) % 16 == 0 && pitches[0] % 16 == 0 && pitches[0] < 1ull << 40, INVALID_VALUE);
+    CHECK(sizes[0] && sizes[1] && sizes[0] <= 1ull << 32 && sizes[1] <= 1ull << 32 && 2 * sizes[0] <= pitches[0], INVALID_VALUE);
+    CHECK(box[0] == 64 && box[1] >= 1 && box[1] <= 256 && steps[0] == 1 && steps[1] == 1, INVALID_VALUE);
+    CHECK(is_memory(reinterpret_cast<uintptr_t>(base), (sizes[1] - 1) * pitches[0] + 2 * sizes[0], false), INVALID_VALUE);
+    *map = {TENSOR_MAP, reinterpret_cast<uintptr_t>(base), sizes[0], sizes[1], pitches[0], box[0], box[1], {}};
+    return SUCCESS;
+}
+
 // ---- Errors
 
 API cuGetErrorName(int error, const char** name) {

@@ -43,7 +43,9 @@ struct alignas(64) Thread {
     unsigned first_copy, end_copy;
     static constexpr unsigned COPIES = 256, PRODUCTS = 31;
     Copy copies[COPIES];  // a ring
-    bool shown;           // to products: everything that its copies brought
+    bool shown;           // to products: everything that copies brought
+    unsigned long long* awaited;  // the barrier in shared memory that it waits for, until this phase has ended
+    unsigned awaited_phase;
     unsigned product_group, first_product, end_product;
     WarpgroupProduct products[PRODUCTS];  // a ring
 };
@@ -68,6 +70,11 @@ struct Vote {
 struct Matrices {
     const void* row;
     unsigned* result;  // 4
+};
+
+// What copies of boxes are told of a matrix; the device keeps its own description as secret.
+struct TensorMap {
+    unsigned long long magic, base, columns, rows, pitch, box_columns, box_rows, unused[9];
 };
 
 struct Product {
@@ -98,6 +105,11 @@ extern const software_cuda::Operation software_cuda_shuffle, software_cuda_vote,
 void software_cuda_barrier(unsigned line);
 void software_cuda_copy(void* shared, const void* global, bool valid);
 void software_cuda_copy_wait(unsigned open);
+void software_cuda_phase_init(unsigned long long* barrier, int count);
+void software_cuda_phase_arrive(unsigned long long* barrier, int bytes);
+void software_cuda_phase_wait(unsigned long long* barrier, unsigned phase);
+void software_cuda_copy_arrive(unsigned long long* barrier);
+void software_cuda_copy_box(char* shared, const software_cuda::TensorMap* map, int column, int row, unsigned long long* barrier);
 void software_cuda_begin_product(const software_cuda::WarpgroupProduct& product);
 void software_cuda_product_wait(unsigned open);
 

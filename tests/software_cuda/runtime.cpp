@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <random>
 #include <thread>
@@ -27,13 +28,21 @@ constexpr size_t STACK = 64 * 1024 + PAGE;
 constexpr size_t SHARED = 228 * 1024;
 
 struct software_cuda::Warp {
-    // Sets of lanes: not returned; able to run; waiting for others with an operation; waiting at a barrier of the block.
-    unsigned live, runnable, waiting, at_barrier;
+    // Sets of lanes: not returned; able to run; waiting for others with an operation; waiting at a barrier of the block;
+    // waiting for a phase of a barrier in shared memory.
+    unsigned live, runnable, waiting, at_barrier, at_phase;
     unsigned rotation;  // which lane runs first
     Thread* threads;
     const Operation* operations[WARP];
     void* records[WARP];
     unsigned masks[WARP];
+};
+
+// What arrives at a barrier in shared memory once it is there: a thread's copies, or a box.
+struct Arrival {
+    unsigned long long* barrier;
+    std::vector<Copy> copies;
+    unsigned bytes;
 };
 
 // What an operating system thread needs to run blocks.
@@ -45,6 +54,8 @@ struct Worker {
     Block block;
     const Launch* launch = nullptr;
     Warp warps[MAX_THREADS / WARP];
+    std::deque<Arrival> arrivals;  // on their way
+    bool mixed;  // copies by threads arrive at barriers too: products must be shown them
     Worker();
 };
 
@@ -250,6 +261,8 @@ static void prepare_block(Worker& w, const Launch& launch, size_t number) {
     unsigned count = size.x * size.y * size.z;
     for (; w.guarded_stacks < count; ++w.guarded_stacks) mprotect(w.stacks + w.guarded_stacks * STACK, PAGE, PROT_NONE);
     w.launch = &launch;
+    w.arrivals.clear();
+    w.mixed = false;
     Block& block = w.block;
     block.size = size;
     block.grid = launch.grid;
@@ -278,6 +291,7 @@ static void prepare_block(Worker& w, const Launch& launch, size_t number) {
         thread.group = thread.first_copy = thread.end_copy = 0;
         thread.product_group = thread.first_product = thread.end_product = 0;
         thread.shown = true;
+        thread.awaited = nullptr;
         if (++index.x == size.x) {
             index.x = 0;
             if (++index.y == size.y) index.y = 0, ++index.z;
@@ -286,7 +300,7 @@ static void prepare_block(Worker& w, const Launch& launch, size_t number) {
     for (unsigned i = 0; i < count; i += WARP) {
         Warp& warp = w.warps[i / WARP];
         warp.live = warp.runnable = FULL >> (WARP - std::min(WARP, count - i));
-        warp.waiting = warp.at_barrier = warp.rotation = 0;
+        warp.waiting = warp.at_barrier = warp.at_phase = warp.rotation = 0;
         warp.threads = &w.threads[i];
     }
 }
@@ -301,6 +315,10 @@ static void prepare_block(Worker& w, const Launch& launch, size_t number) {
                 char place[128];
                 if (warp.at_barrier >> lane & 1)
                     snprintf(place, sizeof place, "at the __syncthreads of line %u", warp.threads[lane].barrier);
+                else if (warp.at_phase >> lane & 1)
+                    snprintf(place, sizeof place, "for phase %u of the barrier %td bytes behind the start of shared memory",
+                             warp.threads[lane].awaited_phase,
+                             reinterpret_cast<char*>(warp.threads[lane].awaited) - w.block.shared);
                 else
                     snprintf(place, sizeof place, "in %s for lanes %08x", warp.operations[lane]->name, warp.masks[lane]);
                 return std::string(place);
@@ -335,6 +353,77 @@ static void release_barrier(Worker& w, unsigned warps) {
     }
 }
 
+// A barrier in shared memory, as its 8 bytes: how many arrivals a phase takes, how many are missing, the bytes that are missing
+// or came too early, and the number of the present phase.
+struct Phases {
+    uint16_t count, missing;
+    int32_t bytes : 31;
+    uint32_t phase : 1;
+};
+static_assert(sizeof(Phases) == 8, "as large as a device's");
+
+template <class Change>
+static bool with_phases(unsigned long long* barrier, const Change& change) {
+    Phases phases;
+    memcpy(&phases, barrier, sizeof phases);
+    bool result = change(phases);
+    if (phases.missing == 0 && phases.bytes == 0 && phases.count) {
+        phases.phase ^= 1;
+        phases.missing = phases.count;
+    }
+    memcpy(barrier, &phases, sizeof phases);
+    return result;
+}
+
+static bool has_ended(unsigned long long* barrier, unsigned phase) {
+    return with_phases(barrier, [&](Phases& phases) { return phases.phase != phase; });
+}
+
+static void arrive(unsigned long long* barrier, int announced, int bytes) {
+    with_phases(barrier, [&](Phases& phases) {
+        if (!bytes) {
+            if (!phases.missing) software_cuda_fail("more arrivals at a barrier than the %u of a phase", phases.count);
+            --phases.missing;
+        }
+        phases.bytes += announced - bytes;
+        return true;
+    });
+}
+
+// Brings what is on its way for the longest time.
+static void complete_arrival(Worker& w) {
+    Arrival arrival = std::move(w.arrivals.front());
+    w.arrivals.pop_front();
+    for (const Copy& copy : arrival.copies) {
+        if (copy.from)
+            memcpy(copy.to, copy.from, 16);
+        else
+            memset(copy.to, 0, 16);
+    }
+    arrive(arrival.barrier, 0, int(arrival.bytes));
+}
+
+// Wakes who waits for phases that have ended; copies come only when nobody else can go on. Says whether anyone can now.
+static bool wake_waiting(Worker& w, unsigned warps) {
+    for (;;) {
+        bool woken = false;
+        for (unsigned i = 0; i < warps; ++i) {
+            Warp& warp = w.warps[i];
+            for (unsigned lanes = warp.at_phase; lanes; lanes &= lanes - 1) {
+                unsigned lane = __builtin_ctz(lanes);
+                const Thread& thread = warp.threads[lane];
+                if (!has_ended(thread.awaited, thread.awaited_phase)) continue;
+                warp.at_phase &= ~(1u << lane);
+                warp.runnable |= 1u << lane;
+                woken = true;
+            }
+        }
+        if (woken) return true;
+        if (w.arrivals.empty()) return false;
+        complete_arrival(w);
+    }
+}
+
 static void run_block(const Launch& launch, size_t number) {
     if (!worker) worker = new Worker;
     Worker& w = *worker;
@@ -362,8 +451,9 @@ static void run_block(const Launch& launch, size_t number) {
             live |= warp.live != 0;
         }
         if (!live) break;
-        release_barrier(w, warps);
+        if (!wake_waiting(w, warps)) release_barrier(w, warps);
     }
+    if (!w.arrivals.empty()) software_cuda_fail("%zu copies are still on their way when the block ends", w.arrivals.size());
     w.launch = nullptr;
 }
 
@@ -417,6 +507,64 @@ EXPORT void software_cuda_copy_wait(unsigned open) {
     }
 }
 
+// ---- Barriers in shared memory, and copies that arrive at them
+
+static unsigned long long* checked_barrier(unsigned long long* barrier) {
+    software_cuda_shared(barrier, 8, 8);
+    return barrier;
+}
+
+EXPORT void software_cuda_phase_init(unsigned long long* barrier, int count) {
+    if (count < 1 || count > 1024) software_cuda_fail("a barrier of %d arrivals", count);
+    Phases phases{uint16_t(count), uint16_t(count), 0, 0};
+    memcpy(checked_barrier(barrier), &phases, sizeof phases);
+}
+
+EXPORT void software_cuda_phase_arrive(unsigned long long* barrier, int bytes) { arrive(checked_barrier(barrier), bytes, 0); }
+
+EXPORT void software_cuda_phase_wait(unsigned long long* barrier, unsigned phase) {
+    Thread& self = *software_cuda_thread;
+    Warp& warp = *self.warp;
+    self.awaited = checked_barrier(barrier);
+    self.awaited_phase = phase;
+    if (!has_ended(barrier, phase)) {
+        warp.at_phase |= 1u << self.lane;
+        warp.runnable &= ~(1u << self.lane);
+        leave(self);
+    }
+    if (worker->mixed) self.shown = false;
+}
+
+EXPORT void software_cuda_copy_arrive(unsigned long long* barrier) {
+    Thread& self = *software_cuda_thread;
+    Arrival arrival{checked_barrier(barrier), {}, 0};
+    for (; self.first_copy != self.end_copy; ++self.first_copy)
+        arrival.copies.push_back(self.copies[self.first_copy % Thread::COPIES]);
+    worker->arrivals.push_back(std::move(arrival));
+    worker->mixed = true;
+}
+
+// A tile has rows of 128 bytes, whose 16-byte chunks are permuted by the row's number.
+EXPORT void software_cuda_copy_box(char* shared, const TensorMap* map, int column, int row, unsigned long long* barrier) {
+    if (map->magic != TENSOR_MAP) software_cuda_fail("a copy by a map that the driver has not made");
+    unsigned bytes = unsigned(128 * map->box_rows);
+    software_cuda_shared(shared, bytes, 16);
+    if ((shared - worker->block.shared) % 1024) software_cuda_fail("a box at %td bytes of shared memory", shared - worker->block.shared);
+    Arrival arrival{checked_barrier(barrier), {}, bytes};
+    for (unsigned r = 0; r < map->box_rows; ++r) {
+        for (unsigned chunk = 0; chunk < 8; ++chunk) {
+            char* to = shared + r * 128 + (chunk ^ r % 8) * 16;
+            long long at_row = row + (long long)r, at_column = column + 8LL * chunk;
+            bool inside = at_row >= 0 && at_row < (long long)map->rows && at_column >= 0 && at_column < (long long)map->columns;
+            if (at_column % 8) software_cuda_fail("a box from column %d on", column);
+            auto from = reinterpret_cast<const char*>(map->base + at_row * map->pitch + 2 * at_column);
+            arrival.copies.push_back({to, inside ? from : nullptr, 0});
+        }
+    }
+    memset(shared, 0xff, bytes);
+    worker->arrivals.push_back(std::move(arrival));
+}
+
 // ---- Products of a warpgroup: 64 x 16 times 16 x N of bf16 in shared memory
 
 // One operand of a product: its element at `index` (row of the left one, column of the right one) and step `k`. A block of 1 KiB has
@@ -451,7 +599,7 @@ struct Operand {
 EXPORT void software_cuda_begin_product(const WarpgroupProduct& product) {
     Thread& self = *software_cuda_thread;
     const Index& size = self.block->size;
-    if (size.y * size.z != 1 || size.x % 128) software_cuda_fail("wgmma in a block of %u x %u x %u threads", size.x, size.y, size.z);
+    if (size.y * size.z != 1 || self.index.x / 128 * 128 + 128 > size.x) software_cuda_fail("wgmma in a block of %u x %u x %u threads", size.x, size.y, size.z);
     if (!self.shown) software_cuda_fail("wgmma, but what copy_async brought was not shown to it");
     if (self.end_product - self.first_product == Thread::PRODUCTS)
         software_cuda_fail("more than %u products on their way", Thread::PRODUCTS);

@@ -10,6 +10,9 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
+// Marks a map that the driver has made.
+constexpr unsigned long long TENSOR_MAP = 0x62616e64'6d617021ull;
+
 struct Launch {
     std::string name;
     const software_cuda::Kernel* kernel;

@@ -423,6 +423,73 @@ static void async_copies() {
     }
 }
 
+// Boxes of x [rows, columns] from (row, -8) on and chunks of y go around two stages: one warp fetches, another reads.
+static const char* ring_source = R"(
+extern "C" __global__ void ring(const __grid_constant__ TensorMap map, const u16* y, u16* boxes, u16* chunks, int steps) {
+    SHARED_MEMORY(shared);
+    __shared__ u64 full[2], read[2];
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) barrier_init(&full[i], 1 + 32), barrier_init(&read[i], 32);
+        barrier_show();
+    }
+    __syncthreads();
+    for (int step = 0; step < steps; step++) {
+        int slot = step % 2;
+        unsigned phase = step / 2 % 2;
+        char* stage = shared + slot * 2048;
+        if (threadIdx.x >= 32) {
+            barrier_wait(&read[slot], phase ^ 1);
+            if (threadIdx.x == 32) {
+                barrier_expect(&full[slot], 8 * 128);
+                tensor_load(stage, &map, -8, 8 * step, &full[slot]);
+            }
+            copy_async(stage + 1024 + 16 * (threadIdx.x - 32), y + (step * 32 + threadIdx.x - 32) * 8, true);
+            copy_async_arrive(&full[slot]);
+        } else {
+            barrier_wait(&full[slot], phase);
+            for (int i = threadIdx.x; i < 512; i += 32) {
+                int row = i / 64, column = i % 64;
+                boxes[step * 512 + i] = ((u16*)stage)[row * 64 + (column / 8 ^ row) * 8 + column % 8];
+            }
+            for (int i = threadIdx.x; i < 256; i += 32) chunks[step * 256 + i] = ((u16*)(stage + 1024))[i];
+            barrier_arrive(&read[slot]);
+        }
+    }
+}
+)";
+
+struct Map {
+    unsigned long long words[16];
+};
+
+static int encode(Map& map, Pointer base, uint64_t columns, uint64_t rows, uint32_t box_rows) {
+    uint64_t sizes[] = {columns, rows}, pitch[] = {2 * columns};
+    uint32_t box[] = {64, box_rows}, steps[] = {1, 1};
+    alignas(64) Map aligned;
+    int result = call("cuTensorMapEncodeTiled", &aligned, 9, 2u, reinterpret_cast<void*>(base), sizes, pitch, box, steps, 0, 3, 2, 0);
+    map = aligned;
+    return result;
+}
+
+static void rings() {
+    constexpr int STEPS = 5, ROWS = 37, COLUMNS = 48;
+    Floats x = numbers(ROWS * COLUMNS, 11), y = numbers(STEPS * 256, 12);
+    auto bits = to_bf16(x), chunks = to_bf16(y);
+    Map map;
+    REQUIRE(encode(map, upload(bits), COLUMNS, ROWS, 8) == 0);
+    REQUIRE(encode(map, upload(bits) + 8, COLUMNS, ROWS, 8) == 1 && encode(map, upload(bits), COLUMNS - 4, ROWS, 8) == 1);
+    REQUIRE(encode(map, upload(bits), COLUMNS, ROWS, 8) == 0);
+    Pointer boxes = allocate(STEPS * 1024), copied = allocate(STEPS * 512);
+    REQUIRE(launch(get_function(ring_source, "ring"), 1, 64, 4096, map, upload(chunks), boxes, copied, STEPS) == 0);
+    auto r = download<uint16_t>(boxes, STEPS * 512);
+    for (int i = 0; i < STEPS * 512; ++i) {
+        int row = i / 64, column = i % 64 - 8;
+        REQUIRE(r[i] == (row < ROWS && column >= 0 && column < COLUMNS ? bits[row * COLUMNS + column] : 0));
+    }
+    auto c = download<uint16_t>(copied, STEPS * 256);
+    for (int i = 0; i < STEPS * 256; ++i) REQUIRE(c[i] == chunks[i]);
+}
+
 static void graphs() {
     void *add = get_function(add_source, "add", {"-DTHREADS=64"}), *graph, *executable;
     Pointer a = upload(Floats(64, 1)), b = upload(Floats(64, 2)), c = allocate(256), d = allocate(256);
@@ -730,6 +797,7 @@ int main(int count, char** arguments) {
         {"shuffles, votes, reductions", shuffles, nullptr},
         {"load_matrices, mma, roundings", matrices, nullptr},
         {"products of warpgroups", warpgroups, nullptr},
+        {"stages between barriers in shared memory", rings, nullptr},
         {"asynchronous copies", async_copies, nullptr},
         {"graphs", graphs, nullptr},
         {"events", events, nullptr},
@@ -778,6 +846,10 @@ int main(int count, char** arguments) {
          }, "for lanes ffffffff, but lane "},
         {"part of a warp in an mma", [] { run_source("u32 r[4] = {}; float c[4] = {}; mma_bf16(c, r, 0, 0);", 16); },
          "mma_bf16 by lanes 0000ffff only"},
+        {"a phase that nobody ends", [] {
+             run_source("__shared__ u64 barrier; if (threadIdx.x == 0) barrier_init(&barrier, 2); __syncthreads(); "
+                     "if (threadIdx.x < 1) barrier_arrive(&barrier); barrier_wait(&barrier, 0);", 32);
+         }, "for phase 0 of the barrier"},
         {"copies that wgmma was not shown", [] {
              run_source("SHARED_MEMORY(s); copy_async(s, x, true); copy_async_commit(); copy_async_wait<0>(); __syncthreads();\n"
                         "float c[8][4] = {}; wgmma<64, false, false>(c, 1ull << 62, 1ull << 62);", 128, 1024);

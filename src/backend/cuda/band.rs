@@ -1,5 +1,7 @@
-//! The band's three products on the card: `kernels/band.cu` over the panels of the band's table.
+//! The band's three products on the card: `kernels/band.cu` over the panels of the band's table, or on Hopper, where that
+//! can, `kernels/band_hopper.cu`.
 
+use super::band_hopper::{self, Sides};
 use super::buffer::{Buffer, Element};
 use super::{Cuda, Unit, args, unit};
 use crate::backend::{Arithmetic, BandLinear, BiasGrad, Expansion, Write};
@@ -32,8 +34,6 @@ struct Cut {
     stages: usize,
     /// Blocks that a multiprocessor should hold at once: what registers are dealt out by.
     blocks: usize,
-    /// By warpgroups, as Hopper multiplies.
-    warpgroups: bool,
 }
 
 impl Cut {
@@ -44,12 +44,7 @@ impl Cut {
         stages: usize,
         blocks: usize,
     ) -> Self {
-        Self { rows, cols, warp_rows, warp_cols, depth, stages, blocks, warpgroups: false }
-    }
-
-    /// A block of warpgroups, each with 64 rows and all of the columns; it has a multiprocessor to itself.
-    const fn of_warpgroups([rows, cols]: [usize; 2], stages: usize) -> Self {
-        Self { warpgroups: true, ..Self::new([rows, cols], [16, cols], 64, stages, 1) }
+        Self { rows, cols, warp_rows, warp_cols, depth, stages, blocks }
     }
 
     fn threads(self) -> usize {
@@ -67,7 +62,7 @@ impl Cut {
             ("DEPTH", self.depth.into()),
             ("STAGES", self.stages.into()),
             ("MIN_BLOCKS", self.blocks.into()),
-            ("WGMMA", self.warpgroups.into()),
+            ("WGMMA", false.into()),
         ])
     }
 
@@ -94,15 +89,9 @@ pub(super) struct Cuts {
 }
 
 impl Cuts {
-    /// What suits an arithmetic and, with `warpgroups`, Hopper's matrix units. A stage of expand and contract is one row of a
-    /// tile deep.
-    pub(super) fn of(arithmetic: Arithmetic, warpgroups: bool) -> Self {
+    /// What suits an arithmetic. A stage of expand and contract is one row of a tile deep.
+    pub(super) fn of(arithmetic: Arithmetic) -> Self {
         match arithmetic {
-            Arithmetic::Bf16 if warpgroups => Self {
-                expand: Cut::of_warpgroups([256, 128], 4),
-                contract: Cut::of_warpgroups([256, 128], 4),
-                outer: [(128, 4), (96, 5), (64, 6)].map(|(cols, stages)| Cut::of_warpgroups([128, cols], stages)),
-            },
             Arithmetic::Bf16 => Self {
                 expand: Cut::new([128, 128], [32, 64], 64, 3, 2),
                 contract: Cut::new([128, 128], [64, 64], 64, 3, 2),
@@ -129,6 +118,7 @@ pub struct Table {
     outer_at: usize,
     outer_tiles: usize,
     outer: Cut,
+    hopper: Option<band_hopper::Lists>,
 }
 
 /// Lists that follow the table, with where they start in words.
@@ -198,9 +188,10 @@ fn shares(tiles: usize, rows: usize, multiprocessors: usize) -> (usize, usize) {
 
 /// The most memory that the shares of an outer product over `narrow` channels and `rows` rows take, whatever the band.
 pub(super) fn most_share_bytes(narrow: usize, rows: usize, multiprocessors: usize) -> usize {
+    let pieces = band_hopper::most_piece_bytes(narrow, multiprocessors);
     let most_tiles = (4 * narrow).div_ceil(128) * narrow.div_ceil(64);
     let tiles = (1..=most_tiles).map(|tiles| tiles * shares(tiles, rows, multiprocessors).0).max().unwrap_or(0);
-    4 * (128 * 128 * tiles).min(MAX_SHARES * 4 * narrow * narrow)
+    pieces.max(4 * (128 * 128 * tiles).min(MAX_SHARES * 4 * narrow * narrow))
 }
 
 impl Table {
@@ -212,13 +203,20 @@ impl Table {
     fn words(&self) -> Result<u64> {
         self.words.f32s(self.words.len())
     }
+
+    fn sides<'a>(&self, lists: &'a band_hopper::Lists, rows: usize) -> Result<Sides<'a>> {
+        Ok(Sides { lists, words: self.words()?, narrow: self.narrow, wide: self.wide, rows })
+    }
 }
 
 impl BandLinear for Cuda {
     type Table = Table;
 
     fn band_table(&mut self, band: &Band) -> Result<Table> {
-        let Lists { words, contract_at, outer_at, outer_tiles, outer } = Lists::new(band, &self.band_cuts);
+        let Lists { mut words, contract_at, outer_at, outer_tiles, outer } = Lists::new(band, &self.band_cuts);
+        let whole_chunks = [band.narrow(), band.wide()].iter().all(|side| side.is_multiple_of(self.element().lanes()));
+        let hopper = self.arithmetic == Arithmetic::Bf16 && self.kernels.target().has_warpgroup_products();
+        let hopper = (hopper && whole_chunks).then(|| band_hopper::Lists::new(band, &mut words));
         let buffer = self.create(Element::F32, "band table", words.len())?;
         let to = buffer.f32s(words.len())?;
         self.copy_words(to, &words)?;
@@ -232,6 +230,7 @@ impl BandLinear for Cuda {
             outer_at,
             outer_tiles,
             outer,
+            hopper,
         })
     }
 
@@ -254,6 +253,9 @@ impl BandLinear for Cuda {
         };
         let (y, x) = (self.activation(y, rows * w)?, self.activation(x, rows * n)?);
         let weights = self.operand(params, panels)?;
+        if let Some(lists) = &table.hopper {
+            return self.hopper_expand(&table.sides(lists, rows)?, epilogue, [y, pre, x, weights, bias]);
+        }
         let cut = self.band_cuts.expand;
         let unit = expand_unit(cut, self.arithmetic, table.is_aligned(self.element()), epilogue);
         let grid = [rows.div_ceil(cut.rows) * table.panels.div_ceil(cut.cols / PANEL_ROWS), 1, 1];
@@ -276,6 +278,9 @@ impl BandLinear for Cuda {
         let (y, x) = (self.activation(y, rows * n)?, self.activation(x, rows * w)?);
         let weights = self.operand(params, panels)?;
         let bias = bias.map_or(Ok(0), |bias| params.part(Element::F32, bias))?;
+        if let Some(lists) = &table.hopper {
+            return self.hopper_contract(&table.sides(lists, rows)?, [y, x, weights, bias]);
+        }
         let cut = self.band_cuts.contract;
         let unit = cut.unit(self.arithmetic, table.is_aligned(self.element()), "CONTRACT");
         let grid = [rows.div_ceil(cut.rows) * n.div_ceil(cut.cols), 1, 1];
@@ -298,6 +303,17 @@ impl BandLinear for Cuda {
         const OP: &str = "band_outer";
         let (n, w, packed) = (table.narrow, table.wide, table.packed_len);
         let (wide, narrow) = (self.activation(wide, rows * w)?, self.activation(narrow, rows * n)?);
+        if let Some(lists) = &table.hopper {
+            let bias = match bias {
+                BiasGrad::Wide(span) => grads.part(Element::F32, span)?,
+                BiasGrad::Narrow(span) => {
+                    self.column_sums(OP, grads, span, narrow, rows, write)?;
+                    0
+                }
+            };
+            let operands = [grads.part(Element::F32, panels)?, bias, wide, narrow];
+            return self.hopper_outer(&table.sides(lists, rows)?, operands, write);
+        }
         match bias {
             BiasGrad::Wide(span) => self.column_sums(OP, grads, span, wide, rows, write)?,
             BiasGrad::Narrow(span) => self.column_sums(OP, grads, span, narrow, rows, write)?,
@@ -327,8 +343,8 @@ fn expand_unit(cut: Cut, arithmetic: Arithmetic, aligned: bool, epilogue: usize)
 
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic, warpgroups: bool) -> Vec<(Unit, &'static str, usize, usize)> {
-    let Cuts { expand, contract, outer } = Cuts::of(arithmetic, warpgroups);
-    let mut units = Vec::new();
+    let Cuts { expand, contract, outer } = Cuts::of(arithmetic);
+    let mut units = if warpgroups && arithmetic == Arithmetic::Bf16 { band_hopper::units() } else { Vec::new() };
     for aligned in [true, false] {
         for epilogue in [1, 2] {
             let unit = expand_unit(expand, arithmetic, aligned, epilogue);
@@ -352,7 +368,7 @@ mod tests {
     #[test]
     fn every_panel_is_listed_for_each_tile_that_it_touches() {
         let band = Band::new(300, 1200, 257).unwrap();
-        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16, false));
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
         for (tile, start) in (0..300).step_by(128).enumerate() {
             let (at, count) =
                 (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
@@ -367,7 +383,7 @@ mod tests {
     #[test]
     fn the_outer_tiles_cover_every_window() {
         let band = Band::new(512, 2048, 1024).unwrap();
-        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16, false));
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
         assert_eq!(lists.outer.cols, 96);
         for (index, panel) in band.panels().iter().enumerate() {
             let tiles = lists.words[lists.outer_at..].chunks(2).filter(|tile| tile[0] as usize == index / 2);

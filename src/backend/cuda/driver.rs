@@ -77,6 +77,11 @@ fn free(memory: sys::CUdeviceptr) {
     let _ = unsafe { result::free_sync(memory) };
 }
 
+/// What the copy engine is told of a matrix in device memory (`CUtensorMap`).
+#[repr(C, align(64))]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct TensorMap([u64; 16]);
+
 /// A failure of the driver as an error.
 pub(super) fn fault(doing: &str) -> impl FnOnce(DriverError) -> Error + '_ {
     move |error| {
@@ -223,6 +228,38 @@ impl Driver {
         // SAFETY: the host memory is pinned and kept until an event behind this copy has been passed.
         unsafe { result::memcpy_dtoh_async(&mut to[..bytes], from, self.stream) }
             .map_err(fault("copying from the card"))
+    }
+
+    /// A map of bf16 [rows, columns] at `address`, for copies of boxes of [rows, 64 columns] to tiles in shared memory whose
+    /// rows of 128 bytes have their 16-byte chunks permuted; what lies outside the matrix is copied as zeros.
+    pub(super) fn tensor_map(&self, address: u64, size: [usize; 2], box_size: [usize; 2]) -> Result<TensorMap> {
+        use sys::{
+            CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
+        };
+        let mut map = TensorMap([0; 16]);
+        let sizes = [size[1] as u64, size[0] as u64];
+        let (pitch, boxes, steps) = ([2 * sizes[0]], [box_size[1] as u32, box_size[0] as u32], [1u32; 2]);
+        // SAFETY: the map is as large and as aligned as the driver's; the arrays have as many numbers as two dimensions need.
+        // Callers pass memory that holds the matrix.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                std::ptr::from_mut(&mut map).cast(),
+                CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                address as *mut c_void,
+                sizes.as_ptr(),
+                pitch.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(fault("describing a matrix to the copy engine"))?;
+        Ok(map)
     }
 
     /// Waits until all that was submitted is done.

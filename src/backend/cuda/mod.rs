@@ -8,6 +8,7 @@
 mod adamw;
 mod attention;
 mod band;
+mod band_hopper;
 mod blas;
 mod buffer;
 mod compiler;
@@ -38,7 +39,7 @@ use crate::shapes::Span;
 use blas::Blas;
 use buffer::Memory;
 use compiler::{Kernels, Unit};
-use driver::{Driver, Event, Graveyard, Pinned};
+use driver::{Driver, Event, Graveyard, Pinned, TensorMap};
 use std::collections::HashMap;
 use tape::{Tape, Work};
 
@@ -131,7 +132,7 @@ impl Cuda {
         let driver = Driver::open()?;
         let Options { arithmetic, logit_bytes } = options;
         let kernels = Kernels::new(driver.card.architecture)?;
-        let band_cuts = band::Cuts::of(arithmetic, kernels.target().has_warpgroup_products());
+        let band_cuts = band::Cuts::of(arithmetic);
         let graveyard = Graveyard::default();
         let buffer = |name, bytes: usize| -> Result<Buffer> {
             let memory = Memory::new(driver.alloc(name, bytes)?, graveyard.clone());
@@ -183,12 +184,28 @@ impl Cuda {
         shared: usize,
         args: Vec<u64>,
     ) {
+        self.launch_with_maps(op, unit, entry, grid, block, shared, Vec::new(), args);
+    }
+
+    /// The same for a kernel whose first arguments are maps for the copy engine.
+    #[allow(clippy::too_many_arguments)]
+    fn launch_with_maps(
+        &mut self,
+        op: &'static str,
+        unit: &Unit,
+        entry: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        shared: usize,
+        maps: Vec<TensorMap>,
+        args: Vec<u64>,
+    ) {
         if grid.contains(&0) {
             return;
         }
         let kernel = self.kernels.get(unit, entry, shared);
         let grid = grid.map(|blocks| blocks as u32);
-        self.tape.push(Work::Launch { kernel, op, grid, block: block as u32, shared: shared as u32, args });
+        self.tape.push(Work::Launch { kernel, op, grid, block: block as u32, shared: shared as u32, maps, args });
     }
 
     /// Gives all recorded work to the card.

@@ -5,7 +5,7 @@
 
 use super::blas::{Blas, Call};
 use super::compiler::{KernelId, Kernels};
-use super::driver::{Driver, Event, fault};
+use super::driver::{Driver, Event, TensorMap, fault};
 use crate::backend::OpTime;
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
@@ -21,7 +21,16 @@ const SHORTEST_GRAPH: usize = 4;
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) enum Work {
     /// A kernel, `grid` blocks of `block` threads with `shared` bytes of dynamic shared memory.
-    Launch { kernel: KernelId, op: &'static str, grid: [u32; 3], block: u32, shared: u32, args: Vec<u64> },
+    /// Its arguments are `maps`, then `args`.
+    Launch {
+        kernel: KernelId,
+        op: &'static str,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        maps: Vec<TensorMap>,
+        args: Vec<u64>,
+    },
     /// A product by cuBLASLt.
     Product { call: Call, op: &'static str },
 }
@@ -144,12 +153,13 @@ impl Tape {
 #[allow(unsafe_code)]
 fn run(work: &Work, driver: &Driver, kernels: &mut Kernels, blas: &mut Blas) -> Result<()> {
     match work {
-        Work::Launch { kernel, grid: [x, y, z], block, shared, args, .. } => {
+        Work::Launch { kernel, grid: [x, y, z], block, shared, maps, args, .. } => {
             let function = kernels.function(*kernel)?;
-            let mut params: Vec<*mut c_void> =
-                args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast()).collect();
-            // SAFETY: the arguments are those of the kernel, as wide as 8 bytes or narrower (the driver reads the lower
-            // bytes), and point into buffers whose sizes the operation has checked.
+            let maps = maps.iter().map(|map| std::ptr::from_ref(map).cast_mut().cast());
+            let args = args.iter().map(|arg| std::ptr::from_ref(arg).cast_mut().cast());
+            let mut params: Vec<*mut c_void> = maps.chain(args).collect();
+            // SAFETY: the arguments are those of the kernel: maps, then what is 8 bytes wide or narrower (the driver reads the
+            // lower bytes); they point into buffers whose sizes the operation has checked.
             let launched = unsafe {
                 result::launch_kernel(function, (*x, *y, *z), (*block, 1, 1), *shared, driver.stream(), &mut params)
             };

@@ -1,0 +1,664 @@
+// The three products of a banded layer on Hopper: the maths, shapes and lists of `band.cu`, by its matrix units and its copy
+// engine. Only for bf16, and where N and W are multiples of 8.
+//
+//   band_expand     y[m, j] = sum over i in band(j) of x[m, i] P[j, i]; then, with EPILOGUE
+//                   1: pre = y + bias, y = gelu(pre)     2: y = y gelu'(pre)
+//   band_contract   y[m, i] = sum over j in band(i) of x[m, j] P[j, i] (+ bias[i], unless that is null)
+//   band_outer      dP[j, i] (+)= sum over m of wide[m, j] narrow[m, i] in the band, 0 in every other slot; dbias[j] (+)= sum
+//                   over m of wide[m, j], unless that is null; tiles that several blocks share go to `parts` in pieces
+//   band_outer_sum  the same from those pieces, added in order
+//
+// Shapes: as in `band.cu`. The maps describe x, wide and narrow to the copy engine, in boxes of 64 columns x BOX_ROWS rows. The
+//   table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow columns the panels that touch its left
+//   half alone, both, its right half alone; the tiles of the outer product as (pair of panels, first column).
+// Dtypes: bf16 operands and results, float bias, dP and dbias, sums in float.
+// Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile, of the outer product an equal share of
+//   all steps. Two warpgroups multiply: of expand and contract each has 128 rows and BLOCK_COLS columns, of the outer product
+//   one panel and BLOCK_COLS columns. The warps behind them fetch: activations by the copy engine, panels by their threads.
+//   STAGES stages of 64 of the depth go around between them. band_outer_sum: one block a tile.
+// Determinism: every piece is summed by one warpgroup in order of the depth, and pieces are added in that order.
+// Caller: src/backend/cuda/band_hopper.rs.
+
+constexpr int PANEL_ROWS = 64;
+constexpr int DEPTH = 64;
+constexpr int CONSUMERS = 256;
+constexpr int NT = BLOCK_COLS / 8;
+constexpr int BOX_BYTES = DEPTH * 128;
+#if defined(OUTER)
+constexpr int NARROW_BOXES = (BLOCK_COLS + 63) / 64;
+constexpr int STAGE_BYTES = (2 + NARROW_BOXES) * BOX_BYTES;
+#else
+constexpr int X_BYTES = BLOCK_ROWS * 128;
+constexpr int STAGE_BYTES = X_BYTES + BLOCK_COLS * 128;
+#endif
+
+struct Panel {
+    int row, rows, col, cols, offset;
+
+    __device__ __forceinline__ int end() const {
+        return col + cols;
+    }
+};
+
+// Panel `index`; beyond the last one there are empty ones.
+__device__ __forceinline__ Panel panel_at(const u32* table, int index) {
+    if (index >= (int)table[2]) return Panel{index * PANEL_ROWS, 0, 0, 0, 0};
+    const u32* words = table + 8 + 5 * index;
+    return Panel{(int)words[0], (int)words[1], (int)words[2], (int)words[3], (int)words[4]};
+}
+
+// Two neighbouring panels and the columns that any of them touches.
+struct Pair {
+    Panel upper, lower;
+    int first, end;
+
+    __device__ __forceinline__ Pair(const u32* table, int index) {
+        upper = panel_at(table, 2 * index);
+        lower = panel_at(table, 2 * index + 1);
+        first = upper.cols == 0 ? lower.col : lower.cols == 0 ? upper.col : min(upper.col, lower.col);
+        end = max(upper.end(), lower.end());
+    }
+};
+
+// Where the next stage lies, and in which phase of its barriers.
+struct Place {
+    int slot;
+    u32 phase;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == STAGES) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// The stages in shared memory. Each has a barrier that it is full, and one that all have read it.
+struct Ring {
+    char* base;
+    u64* barriers;
+
+    __device__ __forceinline__ Ring(char* shared) : base(shared), barriers(reinterpret_cast<u64*>(shared + STAGES * STAGE_BYTES)) {}
+
+    __device__ __forceinline__ char* stage(int slot) const {
+        return base + slot * STAGE_BYTES;
+    }
+
+    __device__ __forceinline__ u64* full(int slot) const {
+        return barriers + slot;
+    }
+
+    __device__ __forceinline__ u64* read(int slot) const {
+        return barriers + STAGES + slot;
+    }
+
+    // By all threads, before anything else.
+    __device__ __forceinline__ void begin(int fillers, int readers) const {
+        if (threadIdx.x == 0) {
+            for (int slot = 0; slot < STAGES; slot++) {
+                barrier_init(full(slot), fillers);
+                barrier_init(read(slot), readers);
+            }
+            barrier_show();
+        }
+        __syncthreads();
+    }
+
+    // By a warp that has read a stage.
+    __device__ __forceinline__ void release(int slot) const {
+        if (threadIdx.x % 32 == 0) barrier_arrive(read(slot));
+    }
+};
+
+// The results of a warpgroup: MT times 64 rows.
+template <int MT>
+struct Results {
+    float acc[MT][NT][4];
+
+    // A point in the order of what the compiler does with them: it does not know how long products write to them.
+    __device__ __forceinline__ void hold() {
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+#pragma unroll
+            for (int j = 0; j < NT; j++) wgmma_hold(acc[i][j]);
+        }
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+#pragma unroll
+            for (int j = 0; j < NT; j++) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
+        }
+        hold();
+    }
+};
+
+// Consumes `steps` stages: use(stage) begins the products of one. `last` is the stage whose products may still be running, or -1.
+template <class Use>
+__device__ __forceinline__ void consume(const Ring& ring, Place& place, int& last, int steps, const Use& use) {
+    for (int step = 0; step < steps; step++) {
+        barrier_wait(ring.full(place.slot), place.phase);
+        wgmma_show();
+        wgmma_begin();
+        use(ring.stage(place.slot));
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (last >= 0) ring.release(last);
+        last = place.slot;
+        place.advance();
+    }
+}
+
+// Waits for the products that are still running.
+template <int MT>
+__device__ __forceinline__ void finish(const Ring& ring, int& last, Results<MT>& results) {
+    wgmma_wait<0>();
+    results.hold();
+    if (last >= 0) ring.release(last);
+    last = -1;
+}
+
+#if defined(EXPAND) || defined(CONTRACT)
+
+constexpr int FILLERS = 64;
+
+// Starts to copy rows of a panel x columns [col, col + Cols) to the tile's rows from `tile_row`, zeros outside the panel.
+template <int Cols, int Rows>
+__device__ __forceinline__ void fetch_panel(const Tile<Rows>& tile, int tile_row, const Element* weights, const Panel& panel,
+                                            int col) {
+    constexpr int CHUNKS = Cols / LANES, AT_ONCE = FILLERS / CHUNKS;
+    int thread = threadIdx.x - CONSUMERS, row = thread / CHUNKS, at = thread % CHUNKS * LANES;
+    bool inside = col + at >= panel.col && col + at < panel.end();
+    const Element* from = weights + panel.offset + row * panel.cols + (inside ? col + at - panel.col : 0);
+#pragma unroll
+    for (int r = 0; r < PANEL_ROWS; r += AT_ONCE) {
+        copy_async(tile.at(tile_row + row + r, at), from, inside && row + r < panel.rows);
+        from += AT_ONCE * panel.cols;
+    }
+}
+
+// A quad of lanes holds four chunks of 16 bytes, lane t the word t of each; afterwards lane t holds chunk t. Its own inverse.
+__device__ __forceinline__ void turn(u32 (&words)[4]) {
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        u32 other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
+        words[i] = odd ? other : words[i];
+        words[i + 1] = odd ? words[i + 1] : other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        u32 other = __shfl_xor_sync(0xffffffffu, high ? words[i] : words[i + 2], 2);
+        words[i] = high ? other : words[i];
+        words[i + 2] = high ? words[i + 2] : other;
+    }
+}
+
+__device__ __forceinline__ void store_chunk(Element* to, const u32 (&words)[4]) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Two neighbours of a row of floats; zeros beyond the end.
+__device__ __forceinline__ float2 bias_at(const float* bias, int col, int cols) {
+    return bias != nullptr && col < cols ? *reinterpret_cast<const float2*>(bias + col) : make_float2(0.0f, 0.0f);
+}
+
+// Hands out a warpgroup's results, 32 columns of a row a quad of lanes at a time: take(row, chunk, chunk's columns valid, sums),
+// where `sums` are columns 8i + 2t and the next of the 32, for i in 0..4, and `chunk` is the first column of this lane's chunk.
+template <class Take>
+__device__ __forceinline__ void each_quad(const float (&acc)[2][NT][4], int row0, const Take& take) {
+    int lane = threadIdx.x % 32, t = lane % 4, row = row0 + threadIdx.x / 128 * 128 + threadIdx.x % 128 / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int q = 0; q < NT / 4; q++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float sums[4][2];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    sums[j][0] = acc[i][4 * q + j][2 * half];
+                    sums[j][1] = acc[i][4 * q + j][2 * half + 1];
+                }
+                take(row + 64 * i + 8 * half, 32 * q, 8 * t, sums);
+            }
+        }
+    }
+}
+
+#endif
+
+#if defined(EXPAND)
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
+    band_expand(const __grid_constant__ TensorMap x_map, Element* y, Element* pre, const Element* weights, const float* bias,
+                const u32* table, int rows) {
+    SHARED_MEMORY(shared);
+    Ring ring(shared);
+    ring.begin(1 + FILLERS, CONSUMERS / 32);
+    int wide = table[1], pairs = ceil_div(table[2], 2), tiles = pairs * ceil_div(rows, BLOCK_ROWS);
+    Place place{0, 0};
+
+    if (threadIdx.x >= CONSUMERS) {
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            Pair pair(table, tile % pairs);
+            int row0 = tile / pairs * BLOCK_ROWS;
+#if EPILOGUE == 2
+            // What the results are multiplied by at the end is on its way meanwhile.
+            for (int i = threadIdx.x - CONSUMERS; i < BLOCK_ROWS * 2; i += FILLERS) {
+                int row = row0 + i / 2, col = pair.upper.row + i % 2 * 64;
+                if (row < rows && col < wide) prefetch(pre + (long long)row * wide + col);
+            }
+#endif
+            for (int col = pair.first; col < pair.end; col += DEPTH) {
+                barrier_wait(ring.read(place.slot), place.phase ^ 1);
+                char* stage = ring.stage(place.slot);
+                if (threadIdx.x == CONSUMERS) {
+                    barrier_expect(ring.full(place.slot), X_BYTES);
+                    tensor_load(stage, &x_map, col, row0, ring.full(place.slot));
+                }
+                Tile<BLOCK_COLS> weights_tile{stage + X_BYTES};
+                fetch_panel<DEPTH>(weights_tile, 0, weights, pair.upper, col);
+                fetch_panel<DEPTH>(weights_tile, PANEL_ROWS, weights, pair.lower, col);
+                copy_async_arrive(ring.full(place.slot));
+                place.advance();
+            }
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        return;
+    }
+
+    Results<2> results;
+    int last = -1, first_row = threadIdx.x / 128 * 128;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        Pair pair(table, tile % pairs);
+        results.clear();
+        consume(ring, place, last, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
+            Along<BLOCK_COLS> right{Tile<BLOCK_COLS>{stage + X_BYTES}, 0};
+#pragma unroll
+            for (int k = 0; k < DEPTH; k += KSTEP) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    Along<BLOCK_ROWS> left{Tile<BLOCK_ROWS>{stage}, first_row + 64 * i};
+                    wgmma<BLOCK_COLS, false, false>(results.acc[i], descriptor(left, k), descriptor(right, k));
+                }
+            }
+        });
+        finish(ring, last, results);
+
+        int col0 = pair.upper.row;
+        each_quad(results.acc, tile / pairs * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
+            long long at = (long long)row * wide + col0 + quad + chunk;
+            bool valid = row < rows && col0 + quad + chunk < wide;
+            u32 words[4], others[4] = {};
+#if EPILOGUE == 1
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 add = bias_at(bias, col0 + quad + 8 * j + threadIdx.x % 4 * 2, wide);
+                float a = sums[j][0] + add.x, b = sums[j][1] + add.y;
+                others[j] = pack_bf16(a, b);
+                words[j] = pack_bf16(gelu(a), gelu(b));
+            }
+            turn(others);
+            if (valid) store_chunk(pre + at, others);
+#else
+            if (valid) {
+                uint4 bits = *reinterpret_cast<const uint4*>(pre + at);
+                others[0] = bits.x, others[1] = bits.y, others[2] = bits.z, others[3] = bits.w;
+            }
+            turn(others);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float a = __uint_as_float(others[j] << 16), b = __uint_as_float(others[j] & 0xffff0000u);
+                words[j] = pack_bf16(sums[j][0] * gelu_derivative(a), sums[j][1] * gelu_derivative(b));
+            }
+#endif
+            turn(words);
+            if (valid) store_chunk(y + at, words);
+        });
+    }
+}
+
+#elif defined(CONTRACT)
+
+// Begins the products of a warpgroup's rows and the columns [First, First + Cols) of one stage.
+template <int Cols, int First>
+__device__ __forceinline__ void multiply_columns(Results<2>& results, char* stage, int first_row) {
+    Across<DEPTH> right{Tile<DEPTH>{stage + X_BYTES}, First};
+#pragma unroll
+    for (int k = 0; k < DEPTH; k += KSTEP) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            Along<BLOCK_ROWS> left{Tile<BLOCK_ROWS>{stage}, first_row + 64 * i};
+            wgmma<Cols, false, true>(results.acc[i] + First / 8, descriptor(left, k), descriptor(right, k));
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
+    band_contract(const __grid_constant__ TensorMap x_map, Element* y, const Element* weights, const float* bias,
+                  const u32* table, int tiles_at, int rows) {
+    constexpr int HALF = BLOCK_COLS / 2;
+    SHARED_MEMORY(shared);
+    Ring ring(shared);
+    ring.begin(1 + FILLERS, CONSUMERS / 32);
+    int narrow = table[0], across = ceil_div(narrow, BLOCK_COLS), tiles = across * ceil_div(rows, BLOCK_ROWS);
+    Place place{0, 0};
+
+    if (threadIdx.x >= CONSUMERS) {
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            const u32* list = table + tiles_at + 4 * (tile % across);
+            int left = list[1], both = left + list[2], all = both + list[3];
+            int col0 = tile % across * BLOCK_COLS, row0 = tile / across * BLOCK_ROWS;
+            const u32* indices = table + list[0];
+            Panel coming = panel_at(table, all > 0 ? indices[0] : 0);
+            for (int step = 0; step < all; step++) {
+                Panel panel = coming;
+                if (step + 1 < all) coming = panel_at(table, indices[step + 1]);  // there when it is needed
+                barrier_wait(ring.read(place.slot), place.phase ^ 1);
+                char* stage = ring.stage(place.slot);
+                if (threadIdx.x == CONSUMERS) {
+                    barrier_expect(ring.full(place.slot), X_BYTES);
+                    tensor_load(stage, &x_map, panel.row, row0, ring.full(place.slot));
+                }
+                // A tile across the depth has one segment for each half of the columns.
+                Tile<DEPTH> halves[2] = {{stage + X_BYTES}, {stage + X_BYTES + DEPTH * 128}};
+                if (step < both) fetch_panel<HALF>(halves[0], 0, weights, panel, col0);
+                if (step >= left) fetch_panel<HALF>(halves[1], 0, weights, panel, col0 + HALF);
+                copy_async_arrive(ring.full(place.slot));
+                place.advance();
+            }
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        return;
+    }
+
+    Results<2> results;
+    int last = -1, first_row = threadIdx.x / 128 * 128;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        const u32* list = table + tiles_at + 4 * (tile % across);
+        int left_alone = list[1], both = list[2], right_alone = list[3];
+        results.clear();
+        auto half = [&](char* stage) { multiply_columns<HALF, 0>(results, stage, first_row); };
+        auto whole = [&](char* stage) { multiply_columns<BLOCK_COLS, 0>(results, stage, first_row); };
+        auto other = [&](char* stage) { multiply_columns<HALF, HALF>(results, stage, first_row); };
+        consume(ring, place, last, left_alone, half);
+        consume(ring, place, last, both, whole);
+        consume(ring, place, last, right_alone, other);
+        finish(ring, last, results);
+
+        int col0 = tile % across * BLOCK_COLS;
+        each_quad(results.acc, tile / across * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
+            u32 words[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 add = bias_at(bias, col0 + quad + 8 * j + threadIdx.x % 4 * 2, narrow);
+                words[j] = pack_bf16(sums[j][0] + add.x, sums[j][1] + add.y);
+            }
+            turn(words);
+            int col = col0 + quad + chunk;
+            if (row < rows && col < narrow) store_chunk(y + (long long)row * narrow + col, words);
+        });
+    }
+}
+
+#elif defined(OUTER)
+
+// Of the warpgroup behind the consumers, the first warp adds up the wide values, the second fetches: it is whole to give
+// registers to the others.
+constexpr int THREADS = CONSUMERS + 128;
+// Registers of a thread at the start (of 65536, in steps of 8), of one that multiplies, and of the others. What the latter give
+// back must be enough for the former: else they wait for ever.
+constexpr int REGISTERS = 65536 / THREADS / 8 * 8, MULTIPLYING = 224, OTHERS = 56;
+static_assert(CONSUMERS * MULTIPLYING + 128 * OTHERS <= THREADS * REGISTERS, "registers that there are");
+// Floats of a tile's piece: results as the threads hold them, then the sums of wide values.
+constexpr int PIECE = 128 * BLOCK_COLS + 128;
+
+// The steps that all tiles have, dealt out to the blocks in order.
+struct Share {
+    long long total, blocks;
+    int steps;  // of a tile
+
+    __device__ __forceinline__ Share(int tiles, int rows, int blocks) : blocks(blocks), steps(ceil_div(rows, DEPTH)) {
+        total = (long long)tiles * steps;
+    }
+
+    // Where block `block` begins.
+    __device__ __forceinline__ long long begin(long long block) const {
+        return total * block / blocks;
+    }
+
+    // The block that step `step` belongs to.
+    __device__ __forceinline__ int block_of(long long step) const {
+        return (int)(((step + 1) * blocks - 1) / total);
+    }
+};
+
+// The part of a tile that is a block's.
+struct Part {
+    int tile, first, end;  // steps of the tile
+    bool whole;
+
+    __device__ __forceinline__ Part(const Share& share, long long at, long long end_of_block) {
+        tile = (int)(at / share.steps);
+        long long start = (long long)tile * share.steps;
+        first = (int)(at - start);
+        end = (int)min((long long)share.steps, end_of_block - start);
+        whole = first == 0 && end == share.steps;
+    }
+};
+
+struct OuterTile {
+    Pair pair;
+    int col;
+
+    __device__ __forceinline__ OuterTile(const u32* table, int tiles_at, int tile)
+        : pair(table, table[tiles_at + 2 * tile]), col(table[tiles_at + 2 * tile + 1]) {}
+
+    // Whether it is the one of its pair that adds up the wide values.
+    __device__ __forceinline__ bool adds() const {
+        return col == pair.first;
+    }
+};
+
+// Pieces of one tile lie one after the other, and no two blocks' in one place.
+__device__ __forceinline__ float* piece_at(float* parts, int block, int tile) {
+    return parts + (long long)(block + tile) * PIECE;
+}
+
+// Writes a consumer's results of a tile to dP.
+__device__ __forceinline__ void write_results(float* out, const u32* table, const OuterTile& tile, int add,
+                                              const float (&acc)[NT][4]) {
+    bool upper = threadIdx.x < 128;
+    int row = upper ? tile.pair.upper.row : tile.pair.lower.row, rows = upper ? tile.pair.upper.rows : tile.pair.lower.rows;
+    int first = upper ? tile.pair.upper.col : tile.pair.lower.col, cols = upper ? tile.pair.upper.cols : tile.pair.lower.cols;
+    out += upper ? tile.pair.upper.offset : tile.pair.lower.offset;
+    int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, begin = tile.col + threadIdx.x % 4 * 2 - first;
+#pragma unroll
+    for (int half = 0; half < 2; half++, r += 8) {
+        if (r >= rows) continue;
+        const u32* range = table + table[6] + 2 * (row + r);
+        int from = (int)range[0] - first, to = (int)range[1] - first;
+        float* line = out + r * cols;
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            int c = begin + 8 * j;
+            if (c < 0 || c >= cols) continue;
+            float2* at = reinterpret_cast<float2*>(line + c);
+            float2 old = add ? *at : make_float2(0.0f, 0.0f);
+            float2 sums;
+            sums.x = c >= from && c < to ? acc[j][2 * half] + old.x : 0.0f;
+            sums.y = c + 1 >= from && c + 1 < to ? acc[j][2 * half + 1] + old.y : 0.0f;
+            *at = sums;
+        }
+    }
+}
+
+// Begins the products of the columns from First on of one stage.
+template <int First>
+__device__ __forceinline__ void multiply_from(float (*acc)[4], const Across<DEPTH>& left, const Tile<DEPTH>& narrow, int k) {
+    if constexpr (First < BLOCK_COLS) {
+        constexpr int REST = BLOCK_COLS - First, WIDTH = REST >= 128 ? 128 : REST;
+        wgmma<WIDTH, true, true>(acc + First / 8, descriptor(left, k), descriptor(Across<DEPTH>{narrow, First}, k));
+        multiply_from<First + WIDTH>(acc, left, narrow, k);
+    }
+}
+
+// What all threads of a block know of its work.
+struct Work {
+    const u32* table;
+    int tiles_at, rows, add;
+    float *out, *bias, *parts;
+    Share share;
+    long long begin, end;  // the block's steps
+};
+
+__device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, const TensorMap* wide_map,
+                                          const TensorMap* narrow_map) {
+    Place place{0, 0};
+    for (long long at = work.begin; at < work.end;) {
+        Part part(work.share, at, work.end);
+        OuterTile tile(work.table, work.tiles_at, part.tile);
+        for (int step = part.first; step < part.end; step++) {
+            barrier_wait(ring.read(place.slot), place.phase ^ 1);
+            char* stage = ring.stage(place.slot);
+            u64* full = ring.full(place.slot);
+            barrier_expect(full, STAGE_BYTES);
+            tensor_load(stage, wide_map, tile.pair.upper.row, step * DEPTH, full);
+            tensor_load(stage + BOX_BYTES, wide_map, tile.pair.lower.row, step * DEPTH, full);
+#pragma unroll
+            for (int box = 0; box < NARROW_BOXES; box++) {
+                tensor_load(stage + (2 + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
+            }
+            place.advance();
+        }
+        at += part.end - part.first;
+    }
+}
+
+// The sums of the wide values, where they are wanted; each thread adds up four neighbouring columns of the 128.
+__device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
+    int col = threadIdx.x % 32 * 4, wide = work.table[1];
+    Place place{0, 0};
+    for (long long at = work.begin; at < work.end;) {
+        Part part(work.share, at, work.end);
+        OuterTile tile(work.table, work.tiles_at, part.tile);
+        bool wanted = work.bias != nullptr && tile.adds();
+        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int step = part.first; step < part.end; step++) {
+            barrier_wait(ring.full(place.slot), place.phase);
+            if (wanted) {
+                Tile<DEPTH> values{ring.stage(place.slot)};
+#pragma unroll 16
+                for (int m = 0; m < DEPTH; m++) {
+                    uint2 four = *reinterpret_cast<const uint2*>(&values.element(m, col));
+                    sums[0] += __uint_as_float(four.x << 16);
+                    sums[1] += __uint_as_float(four.x & 0xffff0000u);
+                    sums[2] += __uint_as_float(four.y << 16);
+                    sums[3] += __uint_as_float(four.y & 0xffff0000u);
+                }
+            }
+            __syncwarp();
+            ring.release(place.slot);
+            place.advance();
+        }
+        at += part.end - part.first;
+        if (!wanted) continue;
+        float* piece = piece_at(work.parts, blockIdx.x, part.tile) + 128 * BLOCK_COLS;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int j = tile.pair.upper.row + col + i;
+            if (!part.whole) {
+                piece[col + i] = sums[i];
+            } else if (j < wide) {
+                work.bias[j] = work.add ? work.bias[j] + sums[i] : sums[i];
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring) {
+    Results<1> results;
+    Place place{0, 0};
+    int last = -1, own = threadIdx.x / 128;
+    for (long long at = work.begin; at < work.end;) {
+        Part part(work.share, at, work.end);
+        results.clear();
+        consume(ring, place, last, part.end - part.first, [&](char* stage) {
+            Across<DEPTH> left{Tile<DEPTH>{stage}, own * PANEL_ROWS};
+            Tile<DEPTH> narrow{stage + 2 * BOX_BYTES};
+#pragma unroll
+            for (int k = 0; k < DEPTH; k += KSTEP) multiply_from<0>(results.acc[0], left, narrow, k);
+        });
+        finish(ring, last, results);
+        at += part.end - part.first;
+        if (part.whole) {
+            OuterTile tile(work.table, work.tiles_at, part.tile);
+            write_results(work.out, work.table, tile, work.add, results.acc[0]);
+        } else {
+            float4* piece = reinterpret_cast<float4*>(piece_at(work.parts, blockIdx.x, part.tile));
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                const float(&c)[4] = results.acc[0][j];
+                piece[j * CONSUMERS + threadIdx.x] = make_float4(c[0], c[1], c[2], c[3]);
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map, float* out, float* bias,
+               float* parts, const u32* table, int tiles_at, int tiles, int rows, int add) {
+    SHARED_MEMORY(shared);
+    Ring ring(shared);
+    ring.begin(1, (CONSUMERS + 32) / 32);
+    Share share(tiles, rows, gridDim.x);
+    Work work{table, tiles_at, rows, add, out, bias, parts, share, share.begin(blockIdx.x), share.begin(blockIdx.x + 1)};
+    if (threadIdx.x >= CONSUMERS) {
+        registers_down<OTHERS>();
+        if (threadIdx.x < CONSUMERS + 32) add_all(work, ring);
+        if (threadIdx.x == CONSUMERS + 32) fetch_all(work, ring, &wide_map, &narrow_map);
+    } else {
+        registers_up<MULTIPLYING>();
+        multiply_all(work, ring);
+    }
+}
+
+// `blocks` is how many band_outer had.
+extern "C" __global__ void __launch_bounds__(CONSUMERS, 1)
+    band_outer_sum(float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int blocks, int rows,
+                   int add) {
+    Share share(tiles, rows, blocks);
+    int index = blockIdx.x, wide = table[1];
+    long long start = (long long)index * share.steps;
+    int first = share.block_of(start), last = share.block_of(start + share.steps - 1);
+    if (first == last) return;
+    OuterTile tile(table, tiles_at, index);
+    Results<1> results;
+#pragma unroll
+    for (int j = 0; j < NT; j++) results.acc[0][j][0] = results.acc[0][j][1] = results.acc[0][j][2] = results.acc[0][j][3] = 0.0f;
+    float sum = 0.0f;
+    bool adds = bias != nullptr && tile.adds() && threadIdx.x < 128 && tile.pair.upper.row + (int)threadIdx.x < wide;
+    for (int block = first; block <= last; block++) {
+        const float* piece = piece_at(parts, block, index);
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            float4 c = reinterpret_cast<const float4*>(piece)[j * CONSUMERS + threadIdx.x];
+            results.acc[0][j][0] += c.x;
+            results.acc[0][j][1] += c.y;
+            results.acc[0][j][2] += c.z;
+            results.acc[0][j][3] += c.w;
+        }
+        if (adds) sum += piece[128 * BLOCK_COLS + threadIdx.x];
+    }
+    write_results(out, table, tile, add, results.acc[0]);
+    if (adds) {
+        int j = tile.pair.upper.row + threadIdx.x;
+        bias[j] = add ? bias[j] + sum : sum;
+    }
+}
+
+#endif

@@ -1,0 +1,269 @@
+//! The band's three products on Hopper, `kernels/band_hopper.cu`: for bf16 whose rows start at 16-byte boundaries.
+
+use super::compiler::{Unit, Value};
+use super::driver::TensorMap;
+use super::{Cuda, args, unit};
+use crate::backend::{Arithmetic, Write};
+use crate::band::{Band, PANEL_ROWS, Panel};
+use crate::error::Result;
+
+/// Rows and columns of a tile of results of expand and contract.
+const ROWS: usize = 256;
+const COLS: usize = 128;
+/// Of the depth, in a stage.
+const DEPTH: usize = 64;
+/// Stages of expand and contract: 48 KiB each.
+const STAGES: usize = 4;
+/// Threads that multiply, and those that fetch for expand and contract, or fetch and add for the outer product.
+const CONSUMERS: usize = 256;
+const FILLERS: usize = 64;
+const OUTER_OTHERS: usize = 128;
+/// Columns of the tiles of the outer product, with the stages that fit.
+const OUTER_CUTS: [(usize, usize); 4] = [(96, 6), (160, 5), (224, 4), (288, 4)];
+/// Wide rows of a tile of the outer product.
+const OUTER_ROWS: usize = 2 * PANEL_ROWS;
+/// Bytes of a row of a tile in shared memory, which are the columns of a copied box.
+const TILE_ROW: usize = 128;
+const BOX_COLS: usize = TILE_ROW / 2;
+
+/// Lists for these kernels, behind a band's other words: for each tile of narrow columns where its panels are listed, and how
+/// many touch its left half alone, both halves, its right half alone; the tiles of the outer product as pairs of panels and
+/// first columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Lists {
+    contract_at: usize,
+    outer_at: usize,
+    outer_tiles: usize,
+    outer: (usize, usize),
+}
+
+impl Lists {
+    /// Adds the lists of `band` to its words.
+    pub(super) fn new(band: &Band, words: &mut Vec<u32>) -> Self {
+        let contract_at = words.len();
+        let lists: Vec<[Vec<u32>; 3]> =
+            (0..band.narrow()).step_by(COLS).map(|start| panels_by_halves(band.panels(), start)).collect();
+        let mut at = contract_at + 4 * lists.len();
+        for list in &lists {
+            words.extend([at, list[0].len(), list[1].len(), list[2].len()].map(|word| word as u32));
+            at += list.iter().map(Vec::len).sum::<usize>();
+        }
+        words.extend(lists.iter().flatten().flatten());
+        let outer_at = words.len();
+        // What all tiles fetch together for a row of the batch; of equals the one with the fewest columns to multiply.
+        let fetched = |&(cols, _): &(usize, usize)| {
+            let tiles = outer_tiles(band, cols).len();
+            (tiles * (OUTER_ROWS + cols.next_multiple_of(BOX_COLS)), tiles * cols)
+        };
+        let outer = OUTER_CUTS.into_iter().min_by_key(fetched).unwrap_or(OUTER_CUTS[0]);
+        let tiles = outer_tiles(band, outer.0);
+        words.extend(tiles.iter().flatten());
+        Self { contract_at, outer_at, outer_tiles: tiles.len(), outer }
+    }
+}
+
+/// The panels that touch the [`COLS`] columns from `start` on: the left half alone, both halves, the right half alone.
+fn panels_by_halves(panels: &[Panel], start: usize) -> [Vec<u32>; 3] {
+    let mut lists: [Vec<u32>; 3] = Default::default();
+    for (index, panel) in panels.iter().enumerate().filter(|(_, panel)| !panel.is_empty()) {
+        let touches = |start: usize| panel.col_start < start + COLS / 2 && panel.col_start + panel.cols > start;
+        match (touches(start), touches(start + COLS / 2)) {
+            (true, false) => lists[0].push(index as u32),
+            (true, true) => lists[1].push(index as u32),
+            (false, true) => lists[2].push(index as u32),
+            (false, false) => {}
+        }
+    }
+    lists
+}
+
+/// Pairs of panels and first columns. Each pair has a tile, even if it has no connection: it adds up the pair's bias gradient.
+fn outer_tiles(band: &Band, cols: usize) -> Vec<[u32; 2]> {
+    let pairs = band.panels().chunks(2).enumerate();
+    pairs
+        .flat_map(|(pair, panels)| {
+            let touched = panels.iter().filter(|panel| !panel.is_empty());
+            let first = touched.clone().map(|panel| panel.col_start).min().unwrap_or(0);
+            let end = touched.map(|panel| panel.col_start + panel.cols).max().unwrap_or(0);
+            (first..end.max(first + 1)).step_by(cols).map(move |col| [pair as u32, col as u32])
+        })
+        .collect()
+}
+
+/// Shared memory of a kernel: its stages and their two barriers each.
+fn shared(stages: usize, stage_bytes: usize) -> usize {
+    stages * (stage_bytes + 2 * size_of::<u64>())
+}
+
+/// Shared memory of expand and contract.
+fn product_shared() -> usize {
+    shared(STAGES, (ROWS + COLS) * TILE_ROW)
+}
+
+/// Shared memory of outer.
+fn outer_shared((cols, stages): (usize, usize)) -> usize {
+    shared(stages, (OUTER_ROWS + cols.next_multiple_of(BOX_COLS)) / BOX_COLS * DEPTH * TILE_ROW)
+}
+
+fn product_unit(product: &'static str) -> Unit {
+    let sizes: [(&'static str, Value); 5] = [
+        (product, 1usize.into()),
+        ("BLOCK_ROWS", ROWS.into()),
+        ("BLOCK_COLS", COLS.into()),
+        ("STAGES", STAGES.into()),
+        ("WGMMA", true.into()),
+    ];
+    unit("band_hopper", Arithmetic::Bf16, true).with(&sizes)
+}
+
+fn expand_unit(epilogue: usize) -> Unit {
+    product_unit("EXPAND").with(&[("EPILOGUE", epilogue.into())])
+}
+
+fn outer_unit((cols, stages): (usize, usize)) -> Unit {
+    let sizes: [(&'static str, Value); 4] = [
+        ("OUTER", 1usize.into()),
+        ("BLOCK_COLS", cols.into()),
+        ("STAGES", stages.into()),
+        ("WGMMA", true.into()),
+    ];
+    unit("band_hopper", Arithmetic::Bf16, true).with(&sizes)
+}
+
+/// A product's operands and sizes, as the kernels take them.
+pub(super) struct Sides<'a> {
+    pub(super) lists: &'a Lists,
+    /// The table's words on the card.
+    pub(super) words: u64,
+    pub(super) narrow: usize,
+    pub(super) wide: usize,
+    /// Rows of the batch.
+    pub(super) rows: usize,
+}
+
+impl Cuda {
+    /// Activations [rows, cols] at `address`, to be copied in boxes of `box_rows` rows.
+    fn map(&self, address: u64, rows: usize, cols: usize, box_rows: usize) -> Result<TensorMap> {
+        self.driver.tensor_map(address, [rows, cols], [box_rows, BOX_COLS])
+    }
+
+    /// y, and pre with `epilogue` 1 (bias and GELU) or from it with 2 (GELU's derivative).
+    pub(super) fn hopper_expand(
+        &mut self,
+        sides: &Sides<'_>,
+        epilogue: usize,
+        [y, pre, x, weights, bias]: [u64; 5],
+    ) -> Result<()> {
+        const OP: &str = "band_expand";
+        let tiles = sides.rows.div_ceil(ROWS) * sides.wide.div_ceil(2 * PANEL_ROWS);
+        let grid = [tiles.min(self.card().multiprocessors), 1, 1];
+        let maps = vec![self.map(x, sides.rows, sides.narrow, ROWS)?];
+        let args = args![y, pre, weights, bias, sides.words, sides.rows];
+        let (unit, threads) = (expand_unit(epilogue), CONSUMERS + FILLERS);
+        self.launch_with_maps(OP, &unit, OP, grid, threads, product_shared(), maps, args);
+        Ok(())
+    }
+
+    /// y, plus the bias unless that is 0.
+    pub(super) fn hopper_contract(&mut self, sides: &Sides<'_>, [y, x, weights, bias]: [u64; 4]) -> Result<()> {
+        const OP: &str = "band_contract";
+        let tiles = sides.rows.div_ceil(ROWS) * sides.narrow.div_ceil(COLS);
+        let grid = [tiles.min(self.card().multiprocessors), 1, 1];
+        let maps = vec![self.map(x, sides.rows, sides.wide, ROWS)?];
+        let args = args![y, weights, bias, sides.words, sides.lists.contract_at, sides.rows];
+        let (unit, threads) = (product_unit("CONTRACT"), CONSUMERS + FILLERS);
+        self.launch_with_maps(OP, &unit, OP, grid, threads, product_shared(), maps, args);
+        Ok(())
+    }
+
+    /// The gradient of the panels, and that of the wide side's bias unless its place is 0.
+    pub(super) fn hopper_outer(
+        &mut self,
+        sides: &Sides<'_>,
+        [out, bias, wide, narrow]: [u64; 4],
+        write: Write,
+    ) -> Result<()> {
+        const OP: &str = "band_outer";
+        let Lists { outer_at, outer_tiles: tiles, outer, .. } = *sides.lists;
+        let blocks = (tiles * sides.rows.div_ceil(DEPTH)).min(self.card().multiprocessors);
+        let piece = OUTER_ROWS * outer.0 + OUTER_ROWS;
+        let parts = self.scratch("shares of a product", super::Element::F32, (blocks + tiles) * piece)?;
+        let maps =
+            vec![self.map(wide, sides.rows, sides.wide, DEPTH)?, self.map(narrow, sides.rows, sides.narrow, DEPTH)?];
+        let unit = outer_unit(outer);
+        let threads = CONSUMERS + OUTER_OTHERS;
+        let args = args![out, bias, parts, sides.words, outer_at, tiles, sides.rows, write];
+        self.launch_with_maps(OP, &unit, OP, [blocks, 1, 1], threads, outer_shared(outer), maps, args);
+        let args = args![out, bias, parts, sides.words, outer_at, tiles, blocks, sides.rows, write];
+        self.launch(OP, &unit, "band_outer_sum", [tiles, 1, 1], CONSUMERS, 0, args);
+        Ok(())
+    }
+}
+
+/// The most memory that the pieces of an outer product over `narrow` channels take, whatever the band.
+pub(super) fn most_piece_bytes(narrow: usize, multiprocessors: usize) -> usize {
+    let most = |&(cols, _): &(usize, usize)| {
+        let tiles = (4 * narrow).div_ceil(OUTER_ROWS) * narrow.div_ceil(cols);
+        4 * (multiprocessors + tiles) * (OUTER_ROWS * cols + OUTER_ROWS)
+    };
+    OUTER_CUTS.iter().map(most).max().unwrap_or(0)
+}
+
+/// Every instantiation.
+pub(super) fn units() -> Vec<(Unit, &'static str, usize, usize)> {
+    let threads = CONSUMERS + FILLERS;
+    let mut units = vec![(product_unit("CONTRACT"), "band_contract", threads, product_shared())];
+    units.extend([1, 2].map(|epilogue| (expand_unit(epilogue), "band_expand", threads, product_shared())));
+    for cut in OUTER_CUTS {
+        units.push((outer_unit(cut), "band_outer", CONSUMERS + OUTER_OTHERS, outer_shared(cut)));
+        units.push((outer_unit(cut), "band_outer_sum", CONSUMERS, 0));
+    }
+    units
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_are_listed_by_the_halves_that_they_touch() {
+        let band = Band::new(300, 1200, 257).unwrap();
+        let mut words = band.table();
+        let lists = Lists::new(&band, &mut words);
+        for (tile, start) in (0..300).step_by(COLS).enumerate() {
+            let head = &words[lists.contract_at + 4 * tile..][..4];
+            let counts = [head[1], head[2], head[3]].map(|count| count as usize);
+            let mut listed = words[head[0] as usize..].iter().map(|&index| index as usize);
+            for (count, halves) in counts.into_iter().zip([[true, false], [true, true], [false, true]]) {
+                for index in listed.by_ref().take(count) {
+                    let panel = &band.panels()[index];
+                    let window = panel.col_start..panel.col_start + panel.cols;
+                    let touched = [start, start + COLS / 2].map(|half| window.start < half + COLS / 2 && window.end > half);
+                    assert_eq!(touched, halves, "tile {tile}, panel {index}");
+                }
+            }
+            let all: usize = counts.iter().sum();
+            let touching = band.panels().iter().filter(|p| p.col_start < start + COLS && p.col_start + p.cols > start);
+            assert_eq!(all, touching.count());
+        }
+    }
+
+    #[test]
+    fn outer_tiles_cover_every_window_and_every_pair() {
+        for (narrow, wide, bandwidth) in [(512, 2048, 1024), (1024, 4096, 2048), (8, 4096, 1), (300, 1200, 257)] {
+            let band = Band::new(narrow, wide, bandwidth).unwrap();
+            let mut words = band.table();
+            let lists = Lists::new(&band, &mut words);
+            let tiles: Vec<&[u32]> = words[lists.outer_at..].chunks(2).collect();
+            assert_eq!(tiles.len(), lists.outer_tiles);
+            for (index, panel) in band.panels().iter().enumerate() {
+                let own = tiles.iter().filter(|tile| tile[0] as usize == index / 2);
+                let first = own.clone().map(|tile| tile[1] as usize).min().unwrap();
+                let end = own.map(|tile| tile[1] as usize + lists.outer.0).max().unwrap();
+                assert!(panel.is_empty() || first <= panel.col_start && end >= panel.col_start + panel.cols);
+            }
+        }
+        let cut = |narrow, bandwidth| Lists::new(&Band::new(narrow, 4 * narrow, bandwidth).unwrap(), &mut Vec::new()).outer.0;
+        assert_eq!([cut(512, 1024), cut(512, 512), cut(1024, 2048)], [288, 160, 288]);
+    }
+}
