@@ -15,7 +15,8 @@
 // Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile, of the outer product an equal share of
 //   all steps. Two warpgroups multiply: of expand and contract each has 128 rows and BLOCK_COLS columns, of the outer product
 //   one panel and BLOCK_COLS columns. The warps behind them fetch: activations by the copy engine, panels by their threads.
-//   STAGES stages of 64 of the depth go around between them. band_outer_sum: one block a tile.
+//   STAGES stages of 64 of the depth go around between them. band_outer_sum: (blocks' parts of
+//   tiles, groups of their columns).
 // Determinism: every piece is summed by one warpgroup in order of the depth, and pieces are added in that order.
 // Caller: src/backend/cuda/band_hopper.rs.
 
@@ -32,11 +33,20 @@ constexpr int X_BYTES = BLOCK_ROWS * 128;
 constexpr int STAGE_BYTES = X_BYTES + BLOCK_COLS * 128;
 #endif
 
+// Of a block of 384 threads, the registers of a thread at the start (of 65536, in steps of 8), of one that multiplies, and of the
+// others. What the latter give back must be enough for the former: else they wait for ever.
+[[maybe_unused]] constexpr int REGISTERS = 65536 / 384 / 8 * 8, MULTIPLYING = 224, OTHERS = 56;
+static_assert(CONSUMERS * MULTIPLYING + 128 * OTHERS <= 384 * REGISTERS, "registers that there are");
+
 struct Panel {
     int row, rows, col, cols, offset;
 
     __device__ __forceinline__ int end() const {
         return col + cols;
+    }
+
+    __device__ __forceinline__ bool touches(int first, int count) const {
+        return col < first + count && end() > first;
     }
 };
 
@@ -78,7 +88,8 @@ struct Ring {
     char* base;
     u64* barriers;
 
-    __device__ __forceinline__ Ring(char* shared) : base(shared), barriers(reinterpret_cast<u64*>(shared + STAGES * STAGE_BYTES)) {}
+    __device__ __forceinline__ Ring(char* stages, char* barriers)
+        : base(stages), barriers(reinterpret_cast<u64*>(barriers)) {}
 
     __device__ __forceinline__ char* stage(int slot) const {
         return base + slot * STAGE_BYTES;
@@ -104,11 +115,46 @@ struct Ring {
         __syncthreads();
     }
 
-    // By a warp that has read a stage.
+    // By a warp that has read a stage, of which others of the cluster hold parts.
     __device__ __forceinline__ void release(int slot) const {
-        if (threadIdx.x % 32 == 0) barrier_arrive(read(slot));
+        int lane = threadIdx.x % 32;
+#if CLUSTER > 1
+        if (lane < CLUSTER) barrier_arrive_at(read(slot), lane);
+#else
+        if (lane == 0) barrier_arrive(read(slot));
+#endif
     }
 };
+
+// A box that all blocks of the cluster read; the barrier is that of each.
+__device__ __forceinline__ void load_shared_box(char* to, const TensorMap* map, int col, int row, u64* barrier) {
+#if CLUSTER > 1
+    tensor_load_all(to, map, col, row, barrier, (1 << CLUSTER) - 1);
+#else
+    tensor_load(to, map, col, row, barrier);
+#endif
+}
+
+__device__ __forceinline__ int rank_in_cluster() {
+#if CLUSTER > 1
+    return cluster_rank();
+#else
+    return 0;
+#endif
+}
+
+// Before others of the cluster are reached, and before a block that they may still reach ends.
+__device__ __forceinline__ void meet_cluster() {
+#if CLUSTER > 1
+    cluster_sync();
+#endif
+}
+
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
+#else
+#define IN_CLUSTERS
+#endif
 
 // The results of a warpgroup: MT times 64 rows.
 template <int MT>
@@ -150,6 +196,15 @@ __device__ __forceinline__ void consume(const Ring& ring, Place& place, int& las
     }
 }
 
+// Releases `steps` stages without products.
+__device__ __forceinline__ void pass_over(const Ring& ring, Place& place, int steps) {
+    for (int step = 0; step < steps; step++) {
+        barrier_wait(ring.full(place.slot), place.phase);
+        ring.release(place.slot);
+        place.advance();
+    }
+}
+
 // Waits for the products that are still running.
 template <int MT>
 __device__ __forceinline__ void finish(const Ring& ring, int& last, Results<MT>& results) {
@@ -178,6 +233,233 @@ __device__ __forceinline__ void fetch_panel(const Tile<Rows>& tile, int tile_row
     }
 }
 
+// Two neighbouring biases; zeros beyond the end, or without any.
+__device__ __forceinline__ float2 bias_at(const float* bias, int col, int cols) {
+    return bias != nullptr && col < cols ? *reinterpret_cast<const float2*>(bias + col) : make_float2(0.0f, 0.0f);
+}
+
+#endif
+
+#if defined(EXPAND)
+
+// Results leave in boxes of 128 rows x 64 columns, a warpgroup's: tiles in shared memory, of which each has two. A warp behind
+// the others has the copy engine take them away, and, where results are multiplied by GELU's derivative, bring what that is of
+// to the same place before.
+constexpr int STORERS = 64;
+constexpr int BOX_ROWS = 128;
+constexpr int OUT_BYTES = BOX_ROWS * 128;
+// Boxes of a tile.
+constexpr int BOXES = EPILOGUE == 1 ? 4 : 2;
+
+struct Outbox {
+    char* base;
+    u64* barriers;
+
+    __device__ __forceinline__ Outbox(char* shared, int group) {
+        char* boxes = shared + STAGES * STAGE_BYTES;
+        base = boxes + group * 2 * OUT_BYTES;
+        barriers = reinterpret_cast<u64*>(boxes + 4 * OUT_BYTES) + 2 * STAGES + 4 * group;
+    }
+
+    __device__ __forceinline__ Tile<BOX_ROWS> box(int slot) const {
+        return Tile<BOX_ROWS>{base + slot * OUT_BYTES};
+    }
+
+    // The box may be written (and holds what results are multiplied by).
+    __device__ __forceinline__ u64* open(int slot) const {
+        return barriers + slot;
+    }
+
+    // The box is written.
+    __device__ __forceinline__ u64* closed(int slot) const {
+        return barriers + 2 + slot;
+    }
+
+    __device__ __forceinline__ void begin() const {
+        for (int slot = 0; slot < 2; slot++) {
+            barrier_init(open(slot), 1);
+            barrier_init(closed(slot), 4);
+        }
+    }
+};
+
+// Where the next box lies, and in which phase of its barriers.
+struct BoxPlace {
+    int slot;
+    u32 phase;
+
+    __device__ __forceinline__ void advance() {
+        slot ^= 1;
+        if (slot == 0) phase ^= 1;
+    }
+};
+
+// Tiles of results: for each tile of rows all pairs of panels.
+struct Tiles {
+    int pairs, count;
+
+    __device__ __forceinline__ Tiles(const u32* table, int rows) : pairs(ceil_div(table[2], 2)) {
+        count = pairs * ceil_div(rows, BLOCK_ROWS);
+    }
+
+    __device__ __forceinline__ int row(int tile) const {
+        return tile / pairs * BLOCK_ROWS;
+    }
+
+    __device__ __forceinline__ int column(int tile) const {
+        return tile % pairs * 2 * PANEL_ROWS;
+    }
+};
+
+__device__ __forceinline__ void fetch_all(const Ring& ring, const Tiles& tiles, const TensorMap* x_map, const Element* weights,
+                                          const u32* table) {
+    Place place{0, 0};
+    for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        Pair pair(table, tile % tiles.pairs);
+        for (int col = pair.first; col < pair.end; col += DEPTH) {
+            barrier_wait(ring.read(place.slot), place.phase ^ 1);
+            char* stage = ring.stage(place.slot);
+            if (threadIdx.x == CONSUMERS) {
+                barrier_expect(ring.full(place.slot), X_BYTES);
+                tensor_load(stage, x_map, col, tiles.row(tile), ring.full(place.slot));
+            }
+            Tile<BLOCK_COLS> weights_tile{stage + X_BYTES};
+            fetch_panel<DEPTH>(weights_tile, 0, weights, pair.upper, col);
+            fetch_panel<DEPTH>(weights_tile, PANEL_ROWS, weights, pair.lower, col);
+            copy_async_arrive(ring.full(place.slot));
+            place.advance();
+        }
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+}
+
+// By one thread for each warpgroup.
+__device__ __forceinline__ void store_all(const Outbox& outbox, const Tiles& tiles, int group, const TensorMap* y_map,
+                                          const TensorMap* pre_map) {
+    auto row = [&](int tile) { return tiles.row(tile) + group * BOX_ROWS; };
+    auto bring = [&](int slot, int tile) {
+        barrier_expect(outbox.open(slot), OUT_BYTES);
+        tensor_load(outbox.box(slot).base, pre_map, tiles.column(tile) + 64 * slot, row(tile), outbox.open(slot));
+    };
+    BoxPlace place{0, 0};
+    if (EPILOGUE == 2 && blockIdx.x < tiles.count) {
+        bring(0, blockIdx.x);
+        bring(1, blockIdx.x);
+    }
+    for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        for (int box = 0; box < BOXES; box++) {
+            barrier_wait(outbox.closed(place.slot), place.phase);
+            // With both outputs, a half's `pre` comes before its y.
+            const TensorMap* map = EPILOGUE == 1 && box % 2 == 0 ? pre_map : y_map;
+            tensor_store(map, tiles.column(tile) + 64 * (EPILOGUE == 1 ? box / 2 : box), row(tile), outbox.box(place.slot).base);
+            tensor_store_read();
+            int next = tile + gridDim.x;
+            if (EPILOGUE == 1) {
+                barrier_arrive(outbox.open(place.slot));
+            } else if (next < tiles.count) {
+                bring(place.slot, next);
+            }
+            place.advance();
+        }
+    }
+}
+
+// Fills the next box with a warpgroup's results in the columns from Half * 64 on: what make(j, a, b, old) makes of two
+// neighbours in the j-th group of 8 columns and of what the box held.
+template <int Half, class Make>
+__device__ __forceinline__ void fill_box(const Outbox& outbox, BoxPlace& place, const float (&acc)[2][NT][4], const Make& make) {
+    int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4, t = lane % 4;
+    barrier_wait(outbox.open(place.slot), EPILOGUE == 1 ? place.phase ^ 1 : place.phase);
+    Tile<BOX_ROWS> box = outbox.box(place.slot);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32* at = reinterpret_cast<u32*>(&box.element(64 * i + row + 8 * half, 8 * j + 2 * t));
+                const float(&sums)[4] = acc[i][8 * Half + j];
+                *at = make(j, sums[2 * half], sums[2 * half + 1], EPILOGUE == 1 ? 0 : *at);
+            }
+        }
+    }
+    wgmma_show();
+    __syncwarp();
+    if (lane == 0) barrier_arrive(outbox.closed(place.slot));
+    place.advance();
+}
+
+// The results of one half of the columns, from `col` of the wide ones on.
+template <int Half>
+__device__ __forceinline__ void finish_half(const Outbox& outbox, BoxPlace& place, const float (&acc)[2][NT][4],
+                                            const float* bias, int col, int wide) {
+#if EPILOGUE == 1
+    float2 add[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) add[j] = bias_at(bias, col + 8 * j + threadIdx.x % 4 * 2, wide);
+    fill_box<Half>(outbox, place, acc, [&](int j, float a, float b, u32) { return pack_bf16(a + add[j].x, b + add[j].y); });
+    fill_box<Half>(outbox, place, acc,
+                   [&](int j, float a, float b, u32) { return pack_bf16(gelu(a + add[j].x), gelu(b + add[j].y)); });
+#else
+    fill_box<Half>(outbox, place, acc, [&](int, float a, float b, u32 pre) {
+        float left = __uint_as_float(pre << 16), right = __uint_as_float(pre & 0xffff0000u);
+        return pack_bf16(a * gelu_derivative(left), b * gelu_derivative(right));
+    });
+#endif
+}
+
+__device__ __forceinline__ void multiply_all(const Ring& ring, const Outbox& outbox, const Tiles& tiles, const float* bias,
+                                             const u32* table) {
+    Results<2> results;
+    Place place{0, 0};
+    BoxPlace box{0, 0};
+    int last = -1, first_row = threadIdx.x / 128 * 128, wide = table[1];
+    for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+        Pair pair(table, tile % tiles.pairs);
+        results.clear();
+        consume(ring, place, last, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
+            Along<BLOCK_COLS> right{Tile<BLOCK_COLS>{stage + X_BYTES}, 0};
+#pragma unroll
+            for (int k = 0; k < DEPTH; k += KSTEP) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    Along<BLOCK_ROWS> left{Tile<BLOCK_ROWS>{stage}, first_row + 64 * i};
+                    wgmma<BLOCK_COLS, false, false>(results.acc[i], descriptor(left, k), descriptor(right, k));
+                }
+            }
+        });
+        finish(ring, last, results);
+        finish_half<0>(outbox, box, results.acc, bias, tiles.column(tile), wide);
+        finish_half<1>(outbox, box, results.acc, bias, tiles.column(tile) + 64, wide);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS + STORERS, 1)
+    band_expand(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map,
+                const __grid_constant__ TensorMap pre_map, const Element* weights, const float* bias, const u32* table, int rows) {
+    SHARED_MEMORY(shared);
+    Ring ring(shared, shared + STAGES * STAGE_BYTES + 4 * OUT_BYTES);
+    Outbox outbox(shared, threadIdx.x < CONSUMERS ? threadIdx.x / 128 : threadIdx.x / 32 % 2);
+    if (threadIdx.x == 0 || threadIdx.x == 128) outbox.begin();
+    ring.begin(1 + FILLERS, CONSUMERS / 32);
+    Tiles tiles(table, rows);
+
+    if (threadIdx.x >= CONSUMERS) {
+        registers_down<OTHERS>();
+        if (threadIdx.x < CONSUMERS + FILLERS) {
+            fetch_all(ring, tiles, &x_map, weights, table);
+        } else if (threadIdx.x % 32 == 0) {
+            store_all(outbox, tiles, threadIdx.x / 32 % 2, &y_map, &pre_map);
+        }
+    } else {
+        registers_up<MULTIPLYING>();
+        multiply_all(ring, outbox, tiles, bias, table);
+    }
+}
+
+#elif defined(CONTRACT)
+
 // A quad of lanes holds four chunks of 16 bytes, lane t the word t of each; afterwards lane t holds chunk t. Its own inverse.
 __device__ __forceinline__ void turn(u32 (&words)[4]) {
     bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
@@ -197,11 +479,6 @@ __device__ __forceinline__ void turn(u32 (&words)[4]) {
 
 __device__ __forceinline__ void store_chunk(Element* to, const u32 (&words)[4]) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
-}
-
-// Two neighbours of a row of floats; zeros beyond the end.
-__device__ __forceinline__ float2 bias_at(const float* bias, int col, int cols) {
-    return bias != nullptr && col < cols ? *reinterpret_cast<const float2*>(bias + col) : make_float2(0.0f, 0.0f);
 }
 
 // Hands out a warpgroup's results, 32 columns of a row a quad of lanes at a time: take(row, chunk, chunk's columns valid, sums),
@@ -227,102 +504,6 @@ __device__ __forceinline__ void each_quad(const float (&acc)[2][NT][4], int row0
     }
 }
 
-#endif
-
-#if defined(EXPAND)
-
-extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
-    band_expand(const __grid_constant__ TensorMap x_map, Element* y, Element* pre, const Element* weights, const float* bias,
-                const u32* table, int rows) {
-    SHARED_MEMORY(shared);
-    Ring ring(shared);
-    ring.begin(1 + FILLERS, CONSUMERS / 32);
-    int wide = table[1], pairs = ceil_div(table[2], 2), tiles = pairs * ceil_div(rows, BLOCK_ROWS);
-    Place place{0, 0};
-
-    if (threadIdx.x >= CONSUMERS) {
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            Pair pair(table, tile % pairs);
-            int row0 = tile / pairs * BLOCK_ROWS;
-#if EPILOGUE == 2
-            // What the results are multiplied by at the end is on its way meanwhile.
-            for (int i = threadIdx.x - CONSUMERS; i < BLOCK_ROWS * 2; i += FILLERS) {
-                int row = row0 + i / 2, col = pair.upper.row + i % 2 * 64;
-                if (row < rows && col < wide) prefetch(pre + (long long)row * wide + col);
-            }
-#endif
-            for (int col = pair.first; col < pair.end; col += DEPTH) {
-                barrier_wait(ring.read(place.slot), place.phase ^ 1);
-                char* stage = ring.stage(place.slot);
-                if (threadIdx.x == CONSUMERS) {
-                    barrier_expect(ring.full(place.slot), X_BYTES);
-                    tensor_load(stage, &x_map, col, row0, ring.full(place.slot));
-                }
-                Tile<BLOCK_COLS> weights_tile{stage + X_BYTES};
-                fetch_panel<DEPTH>(weights_tile, 0, weights, pair.upper, col);
-                fetch_panel<DEPTH>(weights_tile, PANEL_ROWS, weights, pair.lower, col);
-                copy_async_arrive(ring.full(place.slot));
-                place.advance();
-            }
-        }
-        copy_async_commit();
-        copy_async_wait<0>();
-        return;
-    }
-
-    Results<2> results;
-    int last = -1, first_row = threadIdx.x / 128 * 128;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        Pair pair(table, tile % pairs);
-        results.clear();
-        consume(ring, place, last, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
-            Along<BLOCK_COLS> right{Tile<BLOCK_COLS>{stage + X_BYTES}, 0};
-#pragma unroll
-            for (int k = 0; k < DEPTH; k += KSTEP) {
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    Along<BLOCK_ROWS> left{Tile<BLOCK_ROWS>{stage}, first_row + 64 * i};
-                    wgmma<BLOCK_COLS, false, false>(results.acc[i], descriptor(left, k), descriptor(right, k));
-                }
-            }
-        });
-        finish(ring, last, results);
-
-        int col0 = pair.upper.row;
-        each_quad(results.acc, tile / pairs * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
-            long long at = (long long)row * wide + col0 + quad + chunk;
-            bool valid = row < rows && col0 + quad + chunk < wide;
-            u32 words[4], others[4] = {};
-#if EPILOGUE == 1
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 add = bias_at(bias, col0 + quad + 8 * j + threadIdx.x % 4 * 2, wide);
-                float a = sums[j][0] + add.x, b = sums[j][1] + add.y;
-                others[j] = pack_bf16(a, b);
-                words[j] = pack_bf16(gelu(a), gelu(b));
-            }
-            turn(others);
-            if (valid) store_chunk(pre + at, others);
-#else
-            if (valid) {
-                uint4 bits = *reinterpret_cast<const uint4*>(pre + at);
-                others[0] = bits.x, others[1] = bits.y, others[2] = bits.z, others[3] = bits.w;
-            }
-            turn(others);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float a = __uint_as_float(others[j] << 16), b = __uint_as_float(others[j] & 0xffff0000u);
-                words[j] = pack_bf16(sums[j][0] * gelu_derivative(a), sums[j][1] * gelu_derivative(b));
-            }
-#endif
-            turn(words);
-            if (valid) store_chunk(y + at, words);
-        });
-    }
-}
-
-#elif defined(CONTRACT)
-
 // Begins the products of a warpgroup's rows and the columns [First, First + Cols) of one stage.
 template <int Cols, int First>
 __device__ __forceinline__ void multiply_columns(Results<2>& results, char* stage, int first_row) {
@@ -337,146 +518,185 @@ __device__ __forceinline__ void multiply_columns(Results<2>& results, char* stag
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
+// Work of a cluster: tiles of BLOCK_ROWS rows and, block by block, BLOCK_COLS columns.
+struct Tiles {
+    int across, count, rank;
+
+    __device__ __forceinline__ Tiles(int narrow, int rows)
+        : across(ceil_div(narrow, CLUSTER * BLOCK_COLS)), rank(rank_in_cluster()) {
+        count = across * ceil_div(rows, BLOCK_ROWS);
+    }
+
+    __device__ __forceinline__ int first() const {
+        return blockIdx.x / CLUSTER;
+    }
+
+    __device__ __forceinline__ int stride() const {
+        return gridDim.x / CLUSTER;
+    }
+
+    __device__ __forceinline__ int row(int tile) const {
+        return tile / across * BLOCK_ROWS;
+    }
+
+    __device__ __forceinline__ int column(int tile) const {
+        return (tile % across * CLUSTER + rank) * BLOCK_COLS;
+    }
+};
+
+// The panels that a cluster's tiles touch, in order. A block passes over some, multiplies those that touch the left half of its
+// columns alone, both halves, the right half alone, and passes over the rest.
+struct Panels {
+    const u32* numbers;
+    int count, before, left, both, right;
+
+    __device__ __forceinline__ Panels(const u32* table, int tiles_at, const Tiles& tiles, int tile) {
+        const u32* head = table + tiles_at + (2 + 4 * CLUSTER) * (tile % tiles.across);
+        const u32* own = head + 2 + 4 * tiles.rank;
+        numbers = table + head[0];
+        count = head[1];
+        before = own[0], left = own[1], both = own[2], right = own[3];
+    }
+};
+
+__device__ __forceinline__ void multiply_all(const Ring& ring, const Tiles& tiles, Element* y, const float* bias, const u32* table,
+                                             int tiles_at, int rows) {
+    constexpr int HALF = BLOCK_COLS / 2;
+    Results<2> results;
+    Place place{0, 0};
+    int last = -1, first_row = threadIdx.x / 128 * 128, narrow = table[0];
+    for (int tile = tiles.first(); tile < tiles.count; tile += tiles.stride()) {
+        Panels panels(table, tiles_at, tiles, tile);
+        results.clear();
+        pass_over(ring, place, panels.before);
+        consume(ring, place, last, panels.left, [&](char* stage) { multiply_columns<HALF, 0>(results, stage, first_row); });
+        consume(ring, place, last, panels.both, [&](char* stage) { multiply_columns<BLOCK_COLS, 0>(results, stage, first_row); });
+        consume(ring, place, last, panels.right, [&](char* stage) { multiply_columns<HALF, HALF>(results, stage, first_row); });
+        finish(ring, last, results);
+        pass_over(ring, place, panels.count - panels.before - panels.left - panels.both - panels.right);
+        each_quad(results.acc, tiles.row(tile), [&](int row, int quad, int chunk, float(&sums)[4][2]) {
+            u32 words[4];
+            int col = tiles.column(tile) + quad;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 add = bias_at(bias, col + 8 * j + threadIdx.x % 4 * 2, narrow);
+                words[j] = pack_bf16(sums[j][0] + add.x, sums[j][1] + add.y);
+            }
+            turn(words);
+            if (row < rows && col + chunk < narrow) store_chunk(y + (long long)row * narrow + col + chunk, words);
+        });
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1) IN_CLUSTERS
     band_contract(const __grid_constant__ TensorMap x_map, Element* y, const Element* weights, const float* bias,
                   const u32* table, int tiles_at, int rows) {
-    constexpr int HALF = BLOCK_COLS / 2;
+    constexpr int HALF = BLOCK_COLS / 2, SHARE = BLOCK_ROWS / CLUSTER;
     SHARED_MEMORY(shared);
-    Ring ring(shared);
-    ring.begin(1 + FILLERS, CONSUMERS / 32);
-    int narrow = table[0], across = ceil_div(narrow, BLOCK_COLS), tiles = across * ceil_div(rows, BLOCK_ROWS);
-    Place place{0, 0};
+    Ring ring(shared, shared + STAGES * STAGE_BYTES);
+    ring.begin(1 + FILLERS, CLUSTER * CONSUMERS / 32);
+    int narrow = table[0];
+    Tiles tiles(narrow, rows);
+    meet_cluster();
 
     if (threadIdx.x >= CONSUMERS) {
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            const u32* list = table + tiles_at + 4 * (tile % across);
-            int left = list[1], both = left + list[2], all = both + list[3];
-            int col0 = tile % across * BLOCK_COLS, row0 = tile / across * BLOCK_ROWS;
-            const u32* indices = table + list[0];
-            Panel coming = panel_at(table, all > 0 ? indices[0] : 0);
-            for (int step = 0; step < all; step++) {
+        Place place{0, 0};
+        for (int tile = tiles.first(); tile < tiles.count; tile += tiles.stride()) {
+            Panels panels(table, tiles_at, tiles, tile);
+            int col0 = tiles.column(tile), first = tiles.rank * SHARE;
+            Panel coming = panel_at(table, panels.numbers[0]);
+            for (int step = 0; step < panels.count; step++) {
                 Panel panel = coming;
-                if (step + 1 < all) coming = panel_at(table, indices[step + 1]);  // there when it is needed
+                if (step + 1 < panels.count) coming = panel_at(table, panels.numbers[step + 1]);  // there when it is needed
                 barrier_wait(ring.read(place.slot), place.phase ^ 1);
                 char* stage = ring.stage(place.slot);
                 if (threadIdx.x == CONSUMERS) {
+                    // Of the rows, which all of the cluster read, each block fetches its share.
                     barrier_expect(ring.full(place.slot), X_BYTES);
-                    tensor_load(stage, &x_map, panel.row, row0, ring.full(place.slot));
+                    load_shared_box(stage + first * 128, &x_map, panel.row, tiles.row(tile) + first, ring.full(place.slot));
                 }
                 // A tile across the depth has one segment for each half of the columns.
-                Tile<DEPTH> halves[2] = {{stage + X_BYTES}, {stage + X_BYTES + DEPTH * 128}};
-                if (step < both) fetch_panel<HALF>(halves[0], 0, weights, panel, col0);
-                if (step >= left) fetch_panel<HALF>(halves[1], 0, weights, panel, col0 + HALF);
+                Tile<DEPTH> left{stage + X_BYTES}, right{stage + X_BYTES + DEPTH * 128};
+                if (panel.touches(col0, HALF)) fetch_panel<HALF>(left, 0, weights, panel, col0);
+                if (panel.touches(col0 + HALF, HALF)) fetch_panel<HALF>(right, 0, weights, panel, col0 + HALF);
                 copy_async_arrive(ring.full(place.slot));
                 place.advance();
             }
         }
         copy_async_commit();
         copy_async_wait<0>();
-        return;
+    } else {
+        multiply_all(ring, tiles, y, bias, table, tiles_at, rows);
     }
-
-    Results<2> results;
-    int last = -1, first_row = threadIdx.x / 128 * 128;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        const u32* list = table + tiles_at + 4 * (tile % across);
-        int left_alone = list[1], both = list[2], right_alone = list[3];
-        results.clear();
-        auto half = [&](char* stage) { multiply_columns<HALF, 0>(results, stage, first_row); };
-        auto whole = [&](char* stage) { multiply_columns<BLOCK_COLS, 0>(results, stage, first_row); };
-        auto other = [&](char* stage) { multiply_columns<HALF, HALF>(results, stage, first_row); };
-        consume(ring, place, last, left_alone, half);
-        consume(ring, place, last, both, whole);
-        consume(ring, place, last, right_alone, other);
-        finish(ring, last, results);
-
-        int col0 = tile % across * BLOCK_COLS;
-        each_quad(results.acc, tile / across * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
-            u32 words[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 add = bias_at(bias, col0 + quad + 8 * j + threadIdx.x % 4 * 2, narrow);
-                words[j] = pack_bf16(sums[j][0] + add.x, sums[j][1] + add.y);
-            }
-            turn(words);
-            int col = col0 + quad + chunk;
-            if (row < rows && col < narrow) store_chunk(y + (long long)row * narrow + col, words);
-        });
-    }
+    meet_cluster();
 }
 
 #elif defined(OUTER)
 
-// Of the warpgroup behind the consumers, the first warp adds up the wide values, the second fetches: it is whole to give
-// registers to the others.
+// Of the warpgroup behind the consumers, the first warp adds up the wide values, the second fetches.
 constexpr int THREADS = CONSUMERS + 128;
-// Registers of a thread at the start (of 65536, in steps of 8), of one that multiplies, and of the others. What the latter give
-// back must be enough for the former: else they wait for ever.
-constexpr int REGISTERS = 65536 / THREADS / 8 * 8, MULTIPLYING = 224, OTHERS = 56;
-static_assert(CONSUMERS * MULTIPLYING + 128 * OTHERS <= THREADS * REGISTERS, "registers that there are");
 // Floats of a tile's piece: results as the threads hold them, then the sums of wide values.
 constexpr int PIECE = 128 * BLOCK_COLS + 128;
 
-// The steps that all tiles have, dealt out to the blocks in order.
+// The steps that all tiles have, dealt out to the clusters in order.
 struct Share {
-    long long total, blocks;
+    long long total, clusters;
     int steps;  // of a tile
 
-    __device__ __forceinline__ Share(int tiles, int rows, int blocks) : blocks(blocks), steps(ceil_div(rows, DEPTH)) {
+    __device__ __forceinline__ Share(int tiles, int rows, int clusters) : clusters(clusters), steps(ceil_div(rows, DEPTH)) {
         total = (long long)tiles * steps;
     }
 
-    // Where block `block` begins.
-    __device__ __forceinline__ long long begin(long long block) const {
-        return total * block / blocks;
+    // Where cluster `cluster` begins.
+    __device__ __forceinline__ long long begin(long long cluster) const {
+        return total * cluster / clusters;
     }
 
-    // The block that step `step` belongs to.
-    __device__ __forceinline__ int block_of(long long step) const {
-        return (int)(((step + 1) * blocks - 1) / total);
+    // The cluster that step `step` belongs to.
+    __device__ __forceinline__ int cluster_of(long long step) const {
+        return (int)(((step + 1) * clusters - 1) / total);
     }
 };
 
-// The part of a tile that is a block's.
+// The part of a tile that is a cluster's.
 struct Part {
     int tile, first, end;  // steps of the tile
     bool whole;
 
-    __device__ __forceinline__ Part(const Share& share, long long at, long long end_of_block) {
+    __device__ __forceinline__ Part(const Share& share, long long at, long long end_of_cluster) {
         tile = (int)(at / share.steps);
         long long start = (long long)tile * share.steps;
         first = (int)(at - start);
-        end = (int)min((long long)share.steps, end_of_block - start);
+        end = (int)min((long long)share.steps, end_of_cluster - start);
         whole = first == 0 && end == share.steps;
     }
 };
 
+// A block's part of a cluster's tile: a pair of panels, and columns that all of the cluster have.
 struct OuterTile {
     Pair pair;
     int col;
+    bool adds;  // it is the one of its pair that adds up the wide values
 
-    __device__ __forceinline__ OuterTile(const u32* table, int tiles_at, int tile)
-        : pair(table, table[tiles_at + 2 * tile]), col(table[tiles_at + 2 * tile + 1]) {}
-
-    // Whether it is the one of its pair that adds up the wide values.
-    __device__ __forceinline__ bool adds() const {
-        return col == pair.first;
-    }
+    __device__ __forceinline__ OuterTile(const u32* table, int tiles_at, int tile, int rank)
+        : pair(table, CLUSTER * table[tiles_at + 3 * tile] + rank), col(table[tiles_at + 3 * tile + 1]),
+          adds(table[tiles_at + 3 * tile + 2] != 0) {}
 };
 
-// Pieces of one tile lie one after the other, and no two blocks' in one place.
-__device__ __forceinline__ float* piece_at(float* parts, int block, int tile) {
-    return parts + (long long)(block + tile) * PIECE;
+// Pieces of one tile lie one after the other, and no two clusters' in one place.
+__device__ __forceinline__ float* piece_at(float* parts, int cluster, int tile, int rank) {
+    return parts + (long long)(CLUSTER * (cluster + tile) + rank) * PIECE;
 }
 
-// Writes a consumer's results of a tile to dP.
-__device__ __forceinline__ void write_results(float* out, const u32* table, const OuterTile& tile, int add,
-                                              const float (&acc)[NT][4]) {
+// Writes a consumer's results of a tile to dP: those of the groups of 8 columns from `group` on.
+template <int Groups>
+__device__ __forceinline__ void write_results(float* out, const u32* table, const OuterTile& tile, int add, int group,
+                                              const float (&acc)[Groups][4]) {
     bool upper = threadIdx.x < 128;
     int row = upper ? tile.pair.upper.row : tile.pair.lower.row, rows = upper ? tile.pair.upper.rows : tile.pair.lower.rows;
     int first = upper ? tile.pair.upper.col : tile.pair.lower.col, cols = upper ? tile.pair.upper.cols : tile.pair.lower.cols;
     out += upper ? tile.pair.upper.offset : tile.pair.lower.offset;
-    int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, begin = tile.col + threadIdx.x % 4 * 2 - first;
+    int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, begin = tile.col + 8 * group + threadIdx.x % 4 * 2 - first;
 #pragma unroll
     for (int half = 0; half < 2; half++, r += 8) {
         if (r >= rows) continue;
@@ -484,7 +704,7 @@ __device__ __forceinline__ void write_results(float* out, const u32* table, cons
         int from = (int)range[0] - first, to = (int)range[1] - first;
         float* line = out + r * cols;
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
+        for (int j = 0; j < Groups; j++) {
             int c = begin + 8 * j;
             if (c < 0 || c >= cols) continue;
             float2* at = reinterpret_cast<float2*>(line + c);
@@ -513,7 +733,8 @@ struct Work {
     int tiles_at, rows, add;
     float *out, *bias, *parts;
     Share share;
-    long long begin, end;  // the block's steps
+    int cluster, rank;
+    long long begin, end;  // the cluster's steps
 };
 
 __device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, const TensorMap* wide_map,
@@ -521,7 +742,7 @@ __device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, co
     Place place{0, 0};
     for (long long at = work.begin; at < work.end;) {
         Part part(work.share, at, work.end);
-        OuterTile tile(work.table, work.tiles_at, part.tile);
+        OuterTile tile(work.table, work.tiles_at, part.tile, work.rank);
         for (int step = part.first; step < part.end; step++) {
             barrier_wait(ring.read(place.slot), place.phase ^ 1);
             char* stage = ring.stage(place.slot);
@@ -529,9 +750,11 @@ __device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, co
             barrier_expect(full, STAGE_BYTES);
             tensor_load(stage, wide_map, tile.pair.upper.row, step * DEPTH, full);
             tensor_load(stage + BOX_BYTES, wide_map, tile.pair.lower.row, step * DEPTH, full);
+            // Of the narrow columns, which all of the cluster read, each block fetches some.
 #pragma unroll
             for (int box = 0; box < NARROW_BOXES; box++) {
-                tensor_load(stage + (2 + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
+                if (box % CLUSTER != work.rank) continue;
+                load_shared_box(stage + (2 + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
             }
             place.advance();
         }
@@ -545,8 +768,8 @@ __device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
     Place place{0, 0};
     for (long long at = work.begin; at < work.end;) {
         Part part(work.share, at, work.end);
-        OuterTile tile(work.table, work.tiles_at, part.tile);
-        bool wanted = work.bias != nullptr && tile.adds();
+        OuterTile tile(work.table, work.tiles_at, part.tile, work.rank);
+        bool wanted = work.bias != nullptr && tile.adds;
         float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int step = part.first; step < part.end; step++) {
             barrier_wait(ring.full(place.slot), place.phase);
@@ -567,7 +790,7 @@ __device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
         }
         at += part.end - part.first;
         if (!wanted) continue;
-        float* piece = piece_at(work.parts, blockIdx.x, part.tile) + 128 * BLOCK_COLS;
+        float* piece = piece_at(work.parts, work.cluster, part.tile, work.rank) + 128 * BLOCK_COLS;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int j = tile.pair.upper.row + col + i;
@@ -596,10 +819,10 @@ __device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring)
         finish(ring, last, results);
         at += part.end - part.first;
         if (part.whole) {
-            OuterTile tile(work.table, work.tiles_at, part.tile);
-            write_results(work.out, work.table, tile, work.add, results.acc[0]);
+            OuterTile tile(work.table, work.tiles_at, part.tile, work.rank);
+            write_results(work.out, work.table, tile, work.add, 0, results.acc[0]);
         } else {
-            float4* piece = reinterpret_cast<float4*>(piece_at(work.parts, blockIdx.x, part.tile));
+            float4* piece = reinterpret_cast<float4*>(piece_at(work.parts, work.cluster, part.tile, work.rank));
 #pragma unroll
             for (int j = 0; j < NT; j++) {
                 const float(&c)[4] = results.acc[0][j];
@@ -609,14 +832,17 @@ __device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
     band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map, float* out, float* bias,
                float* parts, const u32* table, int tiles_at, int tiles, int rows, int add) {
     SHARED_MEMORY(shared);
-    Ring ring(shared);
-    ring.begin(1, (CONSUMERS + 32) / 32);
-    Share share(tiles, rows, gridDim.x);
-    Work work{table, tiles_at, rows, add, out, bias, parts, share, share.begin(blockIdx.x), share.begin(blockIdx.x + 1)};
+    Ring ring(shared, shared + STAGES * STAGE_BYTES);
+    ring.begin(1, CLUSTER * (CONSUMERS + 32) / 32);
+    Share share(tiles, rows, gridDim.x / CLUSTER);
+    int cluster = blockIdx.x / CLUSTER;
+    Work work{table,  tiles_at, rows, add, out, bias, parts, share, cluster, rank_in_cluster(), share.begin(cluster),
+              share.begin(cluster + 1)};
+    meet_cluster();
     if (threadIdx.x >= CONSUMERS) {
         registers_down<OTHERS>();
         if (threadIdx.x < CONSUMERS + 32) add_all(work, ring);
@@ -625,40 +851,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         registers_up<MULTIPLYING>();
         multiply_all(work, ring);
     }
+    meet_cluster();
 }
 
-// `blocks` is how many band_outer had.
-extern "C" __global__ void __launch_bounds__(CONSUMERS, 1)
-    band_outer_sum(float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int blocks, int rows,
+// Groups of 8 columns that a block of band_outer_sum adds up.
+constexpr int SUM_GROUPS = 4;
+
+// `clusters` is how many band_outer had.
+extern "C" __global__ void __launch_bounds__(CONSUMERS)
+    band_outer_sum(float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int clusters, int rows,
                    int add) {
-    Share share(tiles, rows, blocks);
-    int index = blockIdx.x, wide = table[1];
+    Share share(tiles, rows, clusters);
+    int index = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, group = blockIdx.y * SUM_GROUPS, wide = table[1];
     long long start = (long long)index * share.steps;
-    int first = share.block_of(start), last = share.block_of(start + share.steps - 1);
+    int first = share.cluster_of(start), last = share.cluster_of(start + share.steps - 1);
     if (first == last) return;
-    OuterTile tile(table, tiles_at, index);
-    Results<1> results;
-#pragma unroll
-    for (int j = 0; j < NT; j++) results.acc[0][j][0] = results.acc[0][j][1] = results.acc[0][j][2] = results.acc[0][j][3] = 0.0f;
+    OuterTile tile(table, tiles_at, index, rank);
+    float acc[SUM_GROUPS][4] = {};
     float sum = 0.0f;
-    bool adds = bias != nullptr && tile.adds() && threadIdx.x < 128 && tile.pair.upper.row + (int)threadIdx.x < wide;
-    for (int block = first; block <= last; block++) {
-        const float* piece = piece_at(parts, block, index);
+    int column = tile.pair.upper.row + threadIdx.x;
+    bool adds = group == 0 && bias != nullptr && tile.adds && threadIdx.x < 128 && column < wide;
+#pragma unroll 2
+    for (int cluster = first; cluster <= last; cluster++) {
+        const float* piece = piece_at(parts, cluster, index, rank);
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
-            float4 c = reinterpret_cast<const float4*>(piece)[j * CONSUMERS + threadIdx.x];
-            results.acc[0][j][0] += c.x;
-            results.acc[0][j][1] += c.y;
-            results.acc[0][j][2] += c.z;
-            results.acc[0][j][3] += c.w;
+        for (int j = 0; j < SUM_GROUPS; j++) {
+            float4 c = reinterpret_cast<const float4*>(piece)[(group + j) * CONSUMERS + threadIdx.x];
+            acc[j][0] += c.x;
+            acc[j][1] += c.y;
+            acc[j][2] += c.z;
+            acc[j][3] += c.w;
         }
         if (adds) sum += piece[128 * BLOCK_COLS + threadIdx.x];
     }
-    write_results(out, table, tile, add, results.acc[0]);
-    if (adds) {
-        int j = tile.pair.upper.row + threadIdx.x;
-        bias[j] = add ? bias[j] + sum : sum;
-    }
+    write_results(out, table, tile, add, group, acc);
+    if (adds) bias[column] = add ? bias[column] + sum : sum;
 }
 
 #endif

@@ -259,6 +259,15 @@ __forceinline__ void tensor_load(char* shared, const TensorMap* map, int column,
     software_cuda_copy_box(shared, map, column, row, barrier);
 }
 
+__forceinline__ void tensor_store(const TensorMap* map, int column, int row, const char* shared) {
+    software_cuda_store_box(map, column, row, shared);
+}
+
+__forceinline__ void tensor_store_read() {
+    software_cuda_store_wait();
+    asm volatile("" ::: "memory");
+}
+
 template <int Columns, bool LeftAcross, bool RightAcross>
 __forceinline__ void wgmma(float (*c)[4], unsigned long long left, unsigned long long right) {
     software_cuda_begin_product({c, left, right, Columns, 0, LeftAcross, RightAcross});

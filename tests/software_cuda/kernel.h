@@ -110,6 +110,8 @@ void software_cuda_phase_arrive(unsigned long long* barrier, int bytes);
 void software_cuda_phase_wait(unsigned long long* barrier, unsigned phase);
 void software_cuda_copy_arrive(unsigned long long* barrier);
 void software_cuda_copy_box(char* shared, const software_cuda::TensorMap* map, int column, int row, unsigned long long* barrier);
+void software_cuda_store_box(const software_cuda::TensorMap* map, int column, int row, const char* shared);
+void software_cuda_store_wait();
 void software_cuda_begin_product(const software_cuda::WarpgroupProduct& product);
 void software_cuda_product_wait(unsigned open);
 

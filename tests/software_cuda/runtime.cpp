@@ -45,6 +45,14 @@ struct Arrival {
     unsigned bytes;
 };
 
+// A box that a thread has had stored and not waited for.
+struct Store {
+    const Thread* thread;
+    const TensorMap* map;
+    int column, row;
+    const char* shared;
+};
+
 // What an operating system thread needs to run blocks.
 struct Worker {
     void* stack;  // where the scheduler goes on; valid while a fiber runs
@@ -55,6 +63,7 @@ struct Worker {
     const Launch* launch = nullptr;
     Warp warps[MAX_THREADS / WARP];
     std::deque<Arrival> arrivals;  // on their way
+    std::vector<Store> stores;
     bool mixed;  // copies by threads arrive at barriers too: products must be shown them
     Worker();
 };
@@ -262,6 +271,7 @@ static void prepare_block(Worker& w, const Launch& launch, size_t number) {
     for (; w.guarded_stacks < count; ++w.guarded_stacks) mprotect(w.stacks + w.guarded_stacks * STACK, PAGE, PROT_NONE);
     w.launch = &launch;
     w.arrivals.clear();
+    w.stores.clear();
     w.mixed = false;
     Block& block = w.block;
     block.size = size;
@@ -453,7 +463,8 @@ static void run_block(const Launch& launch, size_t number) {
         if (!live) break;
         if (!wake_waiting(w, warps)) release_barrier(w, warps);
     }
-    if (!w.arrivals.empty()) software_cuda_fail("%zu copies are still on their way when the block ends", w.arrivals.size());
+    if (!w.arrivals.empty() || !w.stores.empty())
+        software_cuda_fail("%zu copies are still on their way when the block ends", w.arrivals.size() + w.stores.size());
     w.launch = nullptr;
 }
 
@@ -544,25 +555,46 @@ EXPORT void software_cuda_copy_arrive(unsigned long long* barrier) {
     worker->mixed = true;
 }
 
-// A tile has rows of 128 bytes, whose 16-byte chunks are permuted by the row's number.
-EXPORT void software_cuda_copy_box(char* shared, const TensorMap* map, int column, int row, unsigned long long* barrier) {
-    if (map->magic != TENSOR_MAP) software_cuda_fail("a copy by a map that the driver has not made");
-    unsigned bytes = unsigned(128 * map->box_rows);
-    software_cuda_shared(shared, bytes, 16);
-    if ((shared - worker->block.shared) % 1024) software_cuda_fail("a box at %td bytes of shared memory", shared - worker->block.shared);
-    Arrival arrival{checked_barrier(barrier), {}, bytes};
-    for (unsigned r = 0; r < map->box_rows; ++r) {
+// Visits a box's chunks of 16 bytes: visit(place in shared memory, place in the matrix or null). A tile has rows of 128 bytes,
+// whose chunks are permuted by the row's number.
+template <class Visit>
+static void each_chunk(const TensorMap& map, int column, int row, char* shared, const Visit& visit) {
+    if (map.magic != TENSOR_MAP) software_cuda_fail("a box by a map that the driver has not made");
+    software_cuda_shared(shared, unsigned(128 * map.box_rows), 16);
+    std::ptrdiff_t place = shared - worker->block.shared;
+    if (place % 1024 || column % 8) software_cuda_fail("a box at %td bytes of shared memory, from column %d on", place, column);
+    for (unsigned r = 0; r < map.box_rows; ++r) {
         for (unsigned chunk = 0; chunk < 8; ++chunk) {
-            char* to = shared + r * 128 + (chunk ^ r % 8) * 16;
             long long at_row = row + (long long)r, at_column = column + 8LL * chunk;
-            bool inside = at_row >= 0 && at_row < (long long)map->rows && at_column >= 0 && at_column < (long long)map->columns;
-            if (at_column % 8) software_cuda_fail("a box from column %d on", column);
-            auto from = reinterpret_cast<const char*>(map->base + at_row * map->pitch + 2 * at_column);
-            arrival.copies.push_back({to, inside ? from : nullptr, 0});
+            bool inside = at_row >= 0 && at_row < (long long)map.rows && at_column >= 0 && at_column < (long long)map.columns;
+            auto outer = reinterpret_cast<char*>(map.base + at_row * map.pitch + 2 * at_column);
+            visit(shared + r * 128 + (chunk ^ r % 8) * 16, inside ? outer : nullptr);
         }
     }
-    memset(shared, 0xff, bytes);
+}
+
+EXPORT void software_cuda_copy_box(char* shared, const TensorMap* map, int column, int row, unsigned long long* barrier) {
+    Arrival arrival{checked_barrier(barrier), {}, unsigned(128 * map->box_rows)};
+    each_chunk(*map, column, row, shared, [&](char* to, const char* from) { arrival.copies.push_back({to, from, 0}); });
+    memset(shared, 0xff, arrival.bytes);
     worker->arrivals.push_back(std::move(arrival));
+}
+
+EXPORT void software_cuda_store_box(const TensorMap* map, int column, int row, const char* shared) {
+    worker->stores.push_back({software_cuda_thread, map, column, row, shared});
+}
+
+// Boxes are read as late as a device may read them.
+EXPORT void software_cuda_store_wait() {
+    auto& stores = worker->stores;
+    for (const Store& store : stores) {
+        if (store.thread != software_cuda_thread) continue;
+        each_chunk(*store.map, store.column, store.row, const_cast<char*>(store.shared), [](const char* from, char* to) {
+            if (to) memcpy(to, from, 16);
+        });
+    }
+    stores.erase(std::remove_if(stores.begin(), stores.end(), [](const Store& store) { return store.thread == software_cuda_thread; }),
+                 stores.end());
 }
 
 // ---- Products of a warpgroup: 64 x 16 times 16 x N of bf16 in shared memory
