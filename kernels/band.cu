@@ -14,8 +14,7 @@
 // Grid: a block has BLOCK_ROWS x BLOCK_COLS results, a warp of it WARP_ROWS x WARP_COLS; STAGES tiles of DEPTH are on their
 //   way. expand: for each tile of rows the groups of BLOCK_COLS / 64 panels; contract: for each tile of rows the tiles of
 //   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row.
-//   Products are by warps, or with WGMMA by warpgroups of 64 rows and all of the block's columns: WARP_ROWS is 16 then.
-// Determinism: every result is summed by one warp (or warpgroup) in order of the depth; shares are added in order.
+// Determinism: every result is summed by one warp in order of the depth; shares are added in order.
 // Caller: src/backend/cuda/band.rs.
 
 constexpr int WARPS_DOWN = BLOCK_ROWS / WARP_ROWS;
@@ -91,32 +90,6 @@ __device__ __forceinline__ void multiply_covered(float (&acc)[MT][NT][4], const 
     }
 }
 
-#if WGMMA
-
-static_assert(PRECISION == 16 && WARP_ROWS == 16 && WARP_COLS == BLOCK_COLS && DEPTH == SEGMENT && STAGES > 2,
-              "as warpgroups multiply");
-
-// Begins acc += left right over DEPTH.
-template <class Left, class Right>
-__device__ __forceinline__ void begin_multiply(float (&acc)[MT][NT][4], Left left, const Right& right) {
-    left.first = left.first / 64 * 64;  // the warpgroup's
-#pragma unroll
-    for (int k = 0; k < DEPTH; k += KSTEP) {
-        wgmma<BLOCK_COLS, Left::ACROSS, Right::ACROSS>(acc[0], descriptor(left, k), descriptor(right, k));
-    }
-}
-
-#endif
-
-// Keeps what is done with the results before this from being done after it, and the other way round: the compiler does not know
-// how long a warpgroup's product writes to them.
-__device__ __forceinline__ void hold(float (&acc)[MT][NT][4]) {
-#if WGMMA
-#pragma unroll
-    for (int j = 0; j < NT; j++) wgmma_hold(acc[0][j]);
-#endif
-}
-
 // Fills acc, stage by stage: fetch(step) starts to copy one and closes a group of copies, use(step) multiplies it.
 template <class Fetch, class Use>
 __device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], int steps, const Fetch& fetch, const Use& use) {
@@ -125,24 +98,6 @@ __device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], int steps, c
 #pragma unroll
         for (int j = 0; j < NT; j++) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
     }
-    hold(acc);
-#if WGMMA
-    // One stage less on its way: the products before the last ones may still be reading theirs.
-    constexpr int AHEAD = STAGES - 2;
-    for (int step = 0; step < AHEAD; step++) fetch(step);
-    for (int step = 0; step < steps; step++) {
-        copy_async_wait<AHEAD - 1>();
-        wgmma_show();
-        __syncthreads();
-        wgmma_begin();
-        use(step);
-        wgmma_commit();
-        fetch(step + AHEAD);
-        wgmma_wait<1>();
-    }
-    wgmma_wait<0>();
-    hold(acc);
-#else
     for (int step = 0; step < STAGES - 1; step++) fetch(step);
     for (int step = 0; step < steps; step++) {
         copy_async_wait<STAGES - 2>();
@@ -150,7 +105,6 @@ __device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], int steps, c
         fetch(step + STAGES - 1);
         use(step);
     }
-#endif
     copy_async_wait<0>();
 }
 
@@ -204,13 +158,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 int rows) {
     constexpr int PANELS = BLOCK_COLS / PANEL_ROWS;
     constexpr int STAGE_BYTES = (BLOCK_ROWS + BLOCK_COLS) * 128;
-    static_assert((WARP_COLS == PANEL_ROWS || WGMMA) && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
+    static_assert(WARP_COLS == PANEL_ROWS && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
     SHARED_MEMORY(shared);
     int narrow = table[0], wide = table[1], groups = ceil_div(table[2], PANELS);
     Group<PANELS> group(table, blockIdx.x % groups);
     int row0 = blockIdx.x / groups * BLOCK_ROWS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
-    [[maybe_unused]] Panel own = group.of(warp_col);
+    Panel own = group.of(warp_col);
     int steps = ceil_div(group.end - group.first, DEPTH);
 
 #if EPILOGUE == 2
@@ -239,10 +193,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     run_stages(acc, steps, fetch, [&](int step) {
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
         Along<BLOCK_COLS> right{p_tile(step), warp_col};
-        [[maybe_unused]] int col = group.first + step * DEPTH;
-#if WGMMA
-        begin_multiply(acc, left, right);  // outside a panel's window lie zeros
-#else
+        int col = group.first + step * DEPTH;
         if (col >= own.col && col + DEPTH <= own.end()) {
 #pragma unroll BAND_UNROLL
             for (int k = 0; k < DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
@@ -252,7 +203,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
                 multiply<MT, NT>(acc, left, right, k);
             }
         }
-#endif
     });
 
     int col0 = group.upper.row;
@@ -285,10 +235,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     constexpr int STAGE_BYTES = BLOCK_ROWS * 128 + Tile<DEPTH>::bytes(BLOCK_COLS);
     static_assert(DEPTH == SEGMENT, "a stage has one segment");
     SHARED_MEMORY(shared);
-#if !WGMMA
     // The columns that the panel of each stage on its way covers.
     __shared__ int2 windows[STAGES];
-#endif
     int narrow = table[0], wide = table[1], tiles_across = ceil_div(narrow, BLOCK_COLS), tile = blockIdx.x % tiles_across;
     int col0 = tile * BLOCK_COLS, row0 = blockIdx.x / tiles_across * BLOCK_ROWS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
@@ -308,9 +256,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             int row = step % PER_PANEL * DEPTH;
             stage<DEPTH, THREADS>(x_tile(step), x_rows + coming.row + row, wide, rows - row0, coming.rows - row);
             stage_panel<DEPTH, BLOCK_COLS>(p_tile(step), 0, weights, coming, row, col0);
-#if !WGMMA
             if (threadIdx.x == 0) windows[step % STAGES] = make_int2(coming.col, coming.end());
-#endif
         }
         copy_async_commit();
         read_ahead(step + 1);
@@ -321,12 +267,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     run_stages(acc, steps, fetch, [&](int step) {
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
         Across<DEPTH> right{p_tile(step), warp_col};
-#if WGMMA
-        begin_multiply(acc, left, right);
-#else
         int2 window = windows[step % STAGES];
         multiply_covered<DEPTH>(acc, left, right, Covered(window.x, window.y, col0 + warp_col));
-#endif
     });
 
     finish_results(shared, acc, warp_row, warp_col, rows - row0, narrow - col0, [&](int r, int c, float(&sums)[WIDTH]) {
@@ -376,11 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     run_stages(acc, steps, fetch, [&](int step) {
         Across<DEPTH> left{wide_tile(step), warp_row};
         Across<DEPTH> right{narrow_tile(step), warp_col};
-#if WGMMA
-        begin_multiply(acc, left, right);
-#else
         multiply_covered<DEPTH>(acc, left, right, tiles);
-#endif
     });
 
     bool shared_out = gridDim.y > 1;

@@ -15,8 +15,8 @@
 // Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile, of the outer product an equal share of
 //   all steps. Two warpgroups multiply: of expand and contract each has 128 rows and BLOCK_COLS columns, of the outer product
 //   one panel and BLOCK_COLS columns. The warps behind them fetch: activations by the copy engine, panels by their threads.
-//   STAGES stages of 64 of the depth go around between them. band_outer_sum: (blocks' parts of
-//   tiles, groups of their columns).
+//   STAGES stages of 64 of the depth go around between them. band_outer_sum: (tiles, groups of their
+//   columns).
 // Determinism: every piece is summed by one warpgroup in order of the depth, and pieces are added in that order.
 // Caller: src/backend/cuda/band_hopper.rs.
 
@@ -115,46 +115,11 @@ struct Ring {
         __syncthreads();
     }
 
-    // By a warp that has read a stage, of which others of the cluster hold parts.
+    // By a warp that has read a stage.
     __device__ __forceinline__ void release(int slot) const {
-        int lane = threadIdx.x % 32;
-#if CLUSTER > 1
-        if (lane < CLUSTER) barrier_arrive_at(read(slot), lane);
-#else
-        if (lane == 0) barrier_arrive(read(slot));
-#endif
+        if (threadIdx.x % 32 == 0) barrier_arrive(read(slot));
     }
 };
-
-// A box that all blocks of the cluster read; the barrier is that of each.
-__device__ __forceinline__ void load_shared_box(char* to, const TensorMap* map, int col, int row, u64* barrier) {
-#if CLUSTER > 1
-    tensor_load_all(to, map, col, row, barrier, (1 << CLUSTER) - 1);
-#else
-    tensor_load(to, map, col, row, barrier);
-#endif
-}
-
-__device__ __forceinline__ int rank_in_cluster() {
-#if CLUSTER > 1
-    return cluster_rank();
-#else
-    return 0;
-#endif
-}
-
-// Before others of the cluster are reached, and before a block that they may still reach ends.
-__device__ __forceinline__ void meet_cluster() {
-#if CLUSTER > 1
-    cluster_sync();
-#endif
-}
-
-#if CLUSTER > 1
-#define IN_CLUSTERS __cluster_dims__(CLUSTER, 1, 1)
-#else
-#define IN_CLUSTERS
-#endif
 
 // The results of a warpgroup: MT times 64 rows.
 template <int MT>
@@ -180,43 +145,30 @@ struct Results {
     }
 };
 
-// Consumes `steps` stages: use(stage) begins the products of one. `last` is the stage whose products may still be running, or -1.
+// Consumes `steps` stages: use(stage) begins the products of one. A stage is given back as soon as they are done; the other
+// warpgroup's go on meanwhile.
 template <class Use>
-__device__ __forceinline__ void consume(const Ring& ring, Place& place, int& last, int steps, const Use& use) {
+__device__ __forceinline__ void consume(const Ring& ring, Place& place, int steps, const Use& use) {
     for (int step = 0; step < steps; step++) {
         barrier_wait(ring.full(place.slot), place.phase);
         wgmma_show();
         wgmma_begin();
         use(ring.stage(place.slot));
         wgmma_commit();
-        wgmma_wait<1>();
-        if (last >= 0) ring.release(last);
-        last = place.slot;
-        place.advance();
-    }
-}
-
-// Releases `steps` stages without products.
-__device__ __forceinline__ void pass_over(const Ring& ring, Place& place, int steps) {
-    for (int step = 0; step < steps; step++) {
-        barrier_wait(ring.full(place.slot), place.phase);
+        wgmma_wait<0>();
         ring.release(place.slot);
         place.advance();
     }
 }
 
-// Waits for the products that are still running.
-template <int MT>
-__device__ __forceinline__ void finish(const Ring& ring, int& last, Results<MT>& results) {
-    wgmma_wait<0>();
-    results.hold();
-    if (last >= 0) ring.release(last);
-    last = -1;
-}
-
 #if defined(EXPAND) || defined(CONTRACT)
 
+// Threads that fetch.
+#if defined(EXPAND)
 constexpr int FILLERS = 64;
+#else
+constexpr int FILLERS = 128;
+#endif
 
 // Starts to copy rows of a panel x columns [col, col + Cols) to the tile's rows from `tile_row`, zeros outside the panel.
 template <int Cols, int Rows>
@@ -414,11 +366,11 @@ __device__ __forceinline__ void multiply_all(const Ring& ring, const Outbox& out
     Results<2> results;
     Place place{0, 0};
     BoxPlace box{0, 0};
-    int last = -1, first_row = threadIdx.x / 128 * 128, wide = table[1];
+    int first_row = threadIdx.x / 128 * 128, wide = table[1];
     for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
         Pair pair(table, tile % tiles.pairs);
         results.clear();
-        consume(ring, place, last, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
+        consume(ring, place, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
             Along<BLOCK_COLS> right{Tile<BLOCK_COLS>{stage + X_BYTES}, 0};
 #pragma unroll
             for (int k = 0; k < DEPTH; k += KSTEP) {
@@ -429,7 +381,7 @@ __device__ __forceinline__ void multiply_all(const Ring& ring, const Outbox& out
                 }
             }
         });
-        finish(ring, last, results);
+        results.hold();
         finish_half<0>(outbox, box, results.acc, bias, tiles.column(tile), wide);
         finish_half<1>(outbox, box, results.acc, bias, tiles.column(tile) + 64, wide);
     }
@@ -518,65 +470,69 @@ __device__ __forceinline__ void multiply_columns(Results<2>& results, char* stag
     }
 }
 
-// Work of a cluster: tiles of BLOCK_ROWS rows and, block by block, BLOCK_COLS columns.
-struct Tiles {
-    int across, count, rank;
-
-    __device__ __forceinline__ Tiles(int narrow, int rows)
-        : across(ceil_div(narrow, CLUSTER * BLOCK_COLS)), rank(rank_in_cluster()) {
-        count = across * ceil_div(rows, BLOCK_ROWS);
-    }
-
-    __device__ __forceinline__ int first() const {
-        return blockIdx.x / CLUSTER;
-    }
-
-    __device__ __forceinline__ int stride() const {
-        return gridDim.x / CLUSTER;
-    }
-
-    __device__ __forceinline__ int row(int tile) const {
-        return tile / across * BLOCK_ROWS;
-    }
-
-    __device__ __forceinline__ int column(int tile) const {
-        return (tile % across * CLUSTER + rank) * BLOCK_COLS;
-    }
-};
-
-// The panels that a cluster's tiles touch, in order. A block passes over some, multiplies those that touch the left half of its
-// columns alone, both halves, the right half alone, and passes over the rest.
+// The panels that a tile of narrow columns touches: first those that touch the left half of the columns alone, then those that
+// touch both, then the right half alone.
 struct Panels {
     const u32* numbers;
-    int count, before, left, both, right;
+    int left, both, right;
 
-    __device__ __forceinline__ Panels(const u32* table, int tiles_at, const Tiles& tiles, int tile) {
-        const u32* head = table + tiles_at + (2 + 4 * CLUSTER) * (tile % tiles.across);
-        const u32* own = head + 2 + 4 * tiles.rank;
+    __device__ __forceinline__ Panels(const u32* table, int tiles_at, int tile) {
+        const u32* head = table + tiles_at + 4 * tile;
         numbers = table + head[0];
-        count = head[1];
-        before = own[0], left = own[1], both = own[2], right = own[3];
+        left = head[1], both = head[2], right = head[3];
     }
 };
 
-__device__ __forceinline__ void multiply_all(const Ring& ring, const Tiles& tiles, Element* y, const float* bias, const u32* table,
-                                             int tiles_at, int rows) {
+extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
+    band_contract(const __grid_constant__ TensorMap x_map, Element* y, const Element* weights, const float* bias,
+                  const u32* table, int tiles_at, int rows) {
     constexpr int HALF = BLOCK_COLS / 2;
-    Results<2> results;
+    SHARED_MEMORY(shared);
+    Ring ring(shared, shared + STAGES * STAGE_BYTES);
+    ring.begin(1 + FILLERS, CONSUMERS / 32);
+    int narrow = table[0], across = ceil_div(narrow, BLOCK_COLS), tiles = across * ceil_div(rows, BLOCK_ROWS);
     Place place{0, 0};
-    int last = -1, first_row = threadIdx.x / 128 * 128, narrow = table[0];
-    for (int tile = tiles.first(); tile < tiles.count; tile += tiles.stride()) {
-        Panels panels(table, tiles_at, tiles, tile);
+
+    if (threadIdx.x >= CONSUMERS) {
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            Panels panels(table, tiles_at, tile % across);
+            int steps = panels.left + panels.both + panels.right;
+            int col0 = tile % across * BLOCK_COLS, row0 = tile / across * BLOCK_ROWS;
+            Panel coming = panel_at(table, panels.numbers[0]);
+            for (int step = 0; step < steps; step++) {
+                Panel panel = coming;
+                if (step + 1 < steps) coming = panel_at(table, panels.numbers[step + 1]);  // there when it is needed
+                barrier_wait(ring.read(place.slot), place.phase ^ 1);
+                char* stage = ring.stage(place.slot);
+                if (threadIdx.x == CONSUMERS) {
+                    barrier_expect(ring.full(place.slot), X_BYTES);
+                    tensor_load(stage, &x_map, panel.row, row0, ring.full(place.slot));
+                }
+                // A tile across the depth has one segment for each half of the columns.
+                Tile<DEPTH> left{stage + X_BYTES}, right{stage + X_BYTES + DEPTH * 128};
+                if (step < panels.left + panels.both) fetch_panel<HALF>(left, 0, weights, panel, col0);
+                if (step >= panels.left) fetch_panel<HALF>(right, 0, weights, panel, col0 + HALF);
+                copy_async_arrive(ring.full(place.slot));
+                place.advance();
+            }
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        return;
+    }
+
+    Results<2> results;
+    int first_row = threadIdx.x / 128 * 128;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        Panels panels(table, tiles_at, tile % across);
         results.clear();
-        pass_over(ring, place, panels.before);
-        consume(ring, place, last, panels.left, [&](char* stage) { multiply_columns<HALF, 0>(results, stage, first_row); });
-        consume(ring, place, last, panels.both, [&](char* stage) { multiply_columns<BLOCK_COLS, 0>(results, stage, first_row); });
-        consume(ring, place, last, panels.right, [&](char* stage) { multiply_columns<HALF, HALF>(results, stage, first_row); });
-        finish(ring, last, results);
-        pass_over(ring, place, panels.count - panels.before - panels.left - panels.both - panels.right);
-        each_quad(results.acc, tiles.row(tile), [&](int row, int quad, int chunk, float(&sums)[4][2]) {
+        consume(ring, place, panels.left, [&](char* stage) { multiply_columns<HALF, 0>(results, stage, first_row); });
+        consume(ring, place, panels.both, [&](char* stage) { multiply_columns<BLOCK_COLS, 0>(results, stage, first_row); });
+        consume(ring, place, panels.right, [&](char* stage) { multiply_columns<HALF, HALF>(results, stage, first_row); });
+        results.hold();
+        each_quad(results.acc, tile / across * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
             u32 words[4];
-            int col = tiles.column(tile) + quad;
+            int col = tile % across * BLOCK_COLS + quad;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float2 add = bias_at(bias, col + 8 * j + threadIdx.x % 4 * 2, narrow);
@@ -588,104 +544,66 @@ __device__ __forceinline__ void multiply_all(const Ring& ring, const Tiles& tile
     }
 }
 
-extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1) IN_CLUSTERS
-    band_contract(const __grid_constant__ TensorMap x_map, Element* y, const Element* weights, const float* bias,
-                  const u32* table, int tiles_at, int rows) {
-    constexpr int HALF = BLOCK_COLS / 2, SHARE = BLOCK_ROWS / CLUSTER;
-    SHARED_MEMORY(shared);
-    Ring ring(shared, shared + STAGES * STAGE_BYTES);
-    ring.begin(1 + FILLERS, CLUSTER * CONSUMERS / 32);
-    int narrow = table[0];
-    Tiles tiles(narrow, rows);
-    meet_cluster();
-
-    if (threadIdx.x >= CONSUMERS) {
-        Place place{0, 0};
-        for (int tile = tiles.first(); tile < tiles.count; tile += tiles.stride()) {
-            Panels panels(table, tiles_at, tiles, tile);
-            int col0 = tiles.column(tile), first = tiles.rank * SHARE;
-            Panel coming = panel_at(table, panels.numbers[0]);
-            for (int step = 0; step < panels.count; step++) {
-                Panel panel = coming;
-                if (step + 1 < panels.count) coming = panel_at(table, panels.numbers[step + 1]);  // there when it is needed
-                barrier_wait(ring.read(place.slot), place.phase ^ 1);
-                char* stage = ring.stage(place.slot);
-                if (threadIdx.x == CONSUMERS) {
-                    // Of the rows, which all of the cluster read, each block fetches its share.
-                    barrier_expect(ring.full(place.slot), X_BYTES);
-                    load_shared_box(stage + first * 128, &x_map, panel.row, tiles.row(tile) + first, ring.full(place.slot));
-                }
-                // A tile across the depth has one segment for each half of the columns.
-                Tile<DEPTH> left{stage + X_BYTES}, right{stage + X_BYTES + DEPTH * 128};
-                if (panel.touches(col0, HALF)) fetch_panel<HALF>(left, 0, weights, panel, col0);
-                if (panel.touches(col0 + HALF, HALF)) fetch_panel<HALF>(right, 0, weights, panel, col0 + HALF);
-                copy_async_arrive(ring.full(place.slot));
-                place.advance();
-            }
-        }
-        copy_async_commit();
-        copy_async_wait<0>();
-    } else {
-        multiply_all(ring, tiles, y, bias, table, tiles_at, rows);
-    }
-    meet_cluster();
-}
-
 #elif defined(OUTER)
 
-// Of the warpgroup behind the consumers, the first warp adds up the wide values, the second fetches.
+// Of the warpgroup behind the consumers, the first warp adds up the wide values, the second has the copy engine fetch, and two
+// fetch what that would be late with: of the boxes of narrow columns the last ones.
 constexpr int THREADS = CONSUMERS + 128;
+constexpr int FILLERS = 64;
+constexpr int FILLED_BOXES = NARROW_BOXES / 2;
 // Floats of a tile's piece: results as the threads hold them, then the sums of wide values.
 constexpr int PIECE = 128 * BLOCK_COLS + 128;
 
-// The steps that all tiles have, dealt out to the clusters in order.
+// The steps that all tiles have, dealt out to the blocks in order.
 struct Share {
-    long long total, clusters;
+    long long total, blocks;
     int steps;  // of a tile
 
-    __device__ __forceinline__ Share(int tiles, int rows, int clusters) : clusters(clusters), steps(ceil_div(rows, DEPTH)) {
+    __device__ __forceinline__ Share(int tiles, int rows, int blocks) : blocks(blocks), steps(ceil_div(rows, DEPTH)) {
         total = (long long)tiles * steps;
     }
 
-    // Where cluster `cluster` begins.
-    __device__ __forceinline__ long long begin(long long cluster) const {
-        return total * cluster / clusters;
+    // Where block `block` begins.
+    __device__ __forceinline__ long long begin(long long block) const {
+        return total * block / blocks;
     }
 
-    // The cluster that step `step` belongs to.
-    __device__ __forceinline__ int cluster_of(long long step) const {
-        return (int)(((step + 1) * clusters - 1) / total);
+    // The block that step `step` belongs to.
+    __device__ __forceinline__ int block_of(long long step) const {
+        return (int)(((step + 1) * blocks - 1) / total);
     }
 };
 
-// The part of a tile that is a cluster's.
+// The part of a tile that is a block's.
 struct Part {
     int tile, first, end;  // steps of the tile
     bool whole;
 
-    __device__ __forceinline__ Part(const Share& share, long long at, long long end_of_cluster) {
+    __device__ __forceinline__ Part(const Share& share, long long at, long long end_of_block) {
         tile = (int)(at / share.steps);
         long long start = (long long)tile * share.steps;
         first = (int)(at - start);
-        end = (int)min((long long)share.steps, end_of_cluster - start);
+        end = (int)min((long long)share.steps, end_of_block - start);
         whole = first == 0 && end == share.steps;
     }
 };
 
-// A block's part of a cluster's tile: a pair of panels, and columns that all of the cluster have.
 struct OuterTile {
     Pair pair;
     int col;
-    bool adds;  // it is the one of its pair that adds up the wide values
 
-    __device__ __forceinline__ OuterTile(const u32* table, int tiles_at, int tile, int rank)
-        : pair(table, CLUSTER * table[tiles_at + 3 * tile] + rank), col(table[tiles_at + 3 * tile + 1]),
-          adds(table[tiles_at + 3 * tile + 2] != 0) {}
+    __device__ __forceinline__ OuterTile(const u32* table, int tiles_at, int tile)
+        : pair(table, table[tiles_at + 2 * tile]), col(table[tiles_at + 2 * tile + 1]) {}
+
+    // Whether it is the one of its pair that adds up the wide values.
+    __device__ __forceinline__ bool adds() const {
+        return col == pair.first;
+    }
 };
 
-// Pieces of one tile lie one after the other, and no two clusters' in one place.
-__device__ __forceinline__ float* piece_at(float* parts, int cluster, int tile, int rank) {
-    return parts + (long long)(CLUSTER * (cluster + tile) + rank) * PIECE;
+// Pieces of one tile lie one after the other, and no two blocks' in one place.
+__device__ __forceinline__ float* piece_at(float* parts, int block, int tile) {
+    return parts + (long long)(block + tile) * PIECE;
 }
 
 // Writes a consumer's results of a tile to dP: those of the groups of 8 columns from `group` on.
@@ -733,33 +651,64 @@ struct Work {
     int tiles_at, rows, add;
     float *out, *bias, *parts;
     Share share;
-    int cluster, rank;
-    long long begin, end;  // the cluster's steps
+    long long begin, end;  // the block's steps
 };
 
-__device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, const TensorMap* wide_map,
-                                          const TensorMap* narrow_map) {
+// Visits the block's steps: visit(tile, step of the tile, stage's place).
+template <class Visit>
+__device__ __forceinline__ void each_step(const Work& work, const Visit& visit) {
     Place place{0, 0};
     for (long long at = work.begin; at < work.end;) {
         Part part(work.share, at, work.end);
-        OuterTile tile(work.table, work.tiles_at, part.tile, work.rank);
+        OuterTile tile(work.table, work.tiles_at, part.tile);
         for (int step = part.first; step < part.end; step++) {
-            barrier_wait(ring.read(place.slot), place.phase ^ 1);
-            char* stage = ring.stage(place.slot);
-            u64* full = ring.full(place.slot);
-            barrier_expect(full, STAGE_BYTES);
-            tensor_load(stage, wide_map, tile.pair.upper.row, step * DEPTH, full);
-            tensor_load(stage + BOX_BYTES, wide_map, tile.pair.lower.row, step * DEPTH, full);
-            // Of the narrow columns, which all of the cluster read, each block fetches some.
-#pragma unroll
-            for (int box = 0; box < NARROW_BOXES; box++) {
-                if (box % CLUSTER != work.rank) continue;
-                load_shared_box(stage + (2 + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
-            }
+            visit(tile, step, place);
             place.advance();
         }
         at += part.end - part.first;
     }
+}
+
+// By one thread: what the copy engine fetches.
+__device__ __forceinline__ void fetch_boxes(const Work& work, const Ring& ring, const TensorMap* wide_map,
+                                            const TensorMap* narrow_map) {
+    each_step(work, [&](const OuterTile& tile, int step, const Place& place) {
+        barrier_wait(ring.read(place.slot), place.phase ^ 1);
+        char* stage = ring.stage(place.slot);
+        u64* full = ring.full(place.slot);
+        barrier_expect(full, (2 + NARROW_BOXES - FILLED_BOXES) * BOX_BYTES);
+        tensor_load(stage, wide_map, tile.pair.upper.row, step * DEPTH, full);
+        tensor_load(stage + BOX_BYTES, wide_map, tile.pair.lower.row, step * DEPTH, full);
+#pragma unroll
+        for (int box = 0; box < NARROW_BOXES - FILLED_BOXES; box++) {
+            tensor_load(stage + (2 + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
+        }
+    });
+}
+
+// By the threads of two warps: the rest of the narrow columns.
+__device__ __forceinline__ void fetch_rest(const Work& work, const Ring& ring, const Element* narrow_values) {
+    constexpr int FIRST = NARROW_BOXES - FILLED_BOXES, CHUNKS = 64 / LANES, AT_ONCE = FILLERS / CHUNKS;
+    int thread = threadIdx.x % FILLERS, row = thread / CHUNKS, chunk = thread % CHUNKS * LANES, narrow = work.table[0];
+    each_step(work, [&](const OuterTile& tile, int step, const Place& place) {
+        barrier_wait(ring.read(place.slot), place.phase ^ 1);
+        int rows = work.rows - step * DEPTH;
+        const Element* from = narrow_values + (long long)(step * DEPTH + row) * narrow + tile.col + chunk;
+#pragma unroll
+        for (int box = FIRST; box < NARROW_BOXES; box++) {
+            if (64 * box + chunk >= BLOCK_COLS) continue;  // nobody multiplies them
+            Tile<DEPTH> to{ring.stage(place.slot) + (2 + box) * BOX_BYTES};
+            bool inside = tile.col + 64 * box + chunk < narrow;
+#pragma unroll
+            for (int r = 0; r < DEPTH; r += AT_ONCE) {
+                bool valid = inside && row + r < rows;
+                copy_async(to.at(row + r, chunk), valid ? from + (long long)r * narrow + 64 * box : narrow_values, valid);
+            }
+        }
+        copy_async_arrive(ring.full(place.slot));
+    });
+    copy_async_commit();
+    copy_async_wait<0>();
 }
 
 // The sums of the wide values, where they are wanted; each thread adds up four neighbouring columns of the 128.
@@ -768,8 +717,8 @@ __device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
     Place place{0, 0};
     for (long long at = work.begin; at < work.end;) {
         Part part(work.share, at, work.end);
-        OuterTile tile(work.table, work.tiles_at, part.tile, work.rank);
-        bool wanted = work.bias != nullptr && tile.adds;
+        OuterTile tile(work.table, work.tiles_at, part.tile);
+        bool wanted = work.bias != nullptr && tile.adds();
         float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
         for (int step = part.first; step < part.end; step++) {
             barrier_wait(ring.full(place.slot), place.phase);
@@ -790,7 +739,7 @@ __device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
         }
         at += part.end - part.first;
         if (!wanted) continue;
-        float* piece = piece_at(work.parts, work.cluster, part.tile, work.rank) + 128 * BLOCK_COLS;
+        float* piece = piece_at(work.parts, blockIdx.x, part.tile) + 128 * BLOCK_COLS;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int j = tile.pair.upper.row + col + i;
@@ -806,23 +755,23 @@ __device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
 __device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring) {
     Results<1> results;
     Place place{0, 0};
-    int last = -1, own = threadIdx.x / 128;
+    int own = threadIdx.x / 128;
     for (long long at = work.begin; at < work.end;) {
         Part part(work.share, at, work.end);
         results.clear();
-        consume(ring, place, last, part.end - part.first, [&](char* stage) {
+        consume(ring, place, part.end - part.first, [&](char* stage) {
             Across<DEPTH> left{Tile<DEPTH>{stage}, own * PANEL_ROWS};
             Tile<DEPTH> narrow{stage + 2 * BOX_BYTES};
 #pragma unroll
             for (int k = 0; k < DEPTH; k += KSTEP) multiply_from<0>(results.acc[0], left, narrow, k);
         });
-        finish(ring, last, results);
+        results.hold();
         at += part.end - part.first;
         if (part.whole) {
-            OuterTile tile(work.table, work.tiles_at, part.tile, work.rank);
+            OuterTile tile(work.table, work.tiles_at, part.tile);
             write_results(work.out, work.table, tile, work.add, 0, results.acc[0]);
         } else {
-            float4* piece = reinterpret_cast<float4*>(piece_at(work.parts, work.cluster, part.tile, work.rank));
+            float4* piece = reinterpret_cast<float4*>(piece_at(work.parts, blockIdx.x, part.tile));
 #pragma unroll
             for (int j = 0; j < NT; j++) {
                 const float(&c)[4] = results.acc[0][j];
@@ -832,48 +781,49 @@ __device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring)
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) IN_CLUSTERS
-    band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map, float* out, float* bias,
-               float* parts, const u32* table, int tiles_at, int tiles, int rows, int add) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map,
+               const Element* narrow_values, float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int rows, int add) {
     SHARED_MEMORY(shared);
     Ring ring(shared, shared + STAGES * STAGE_BYTES);
-    ring.begin(1, CLUSTER * (CONSUMERS + 32) / 32);
-    Share share(tiles, rows, gridDim.x / CLUSTER);
-    int cluster = blockIdx.x / CLUSTER;
-    Work work{table,  tiles_at, rows, add, out, bias, parts, share, cluster, rank_in_cluster(), share.begin(cluster),
-              share.begin(cluster + 1)};
-    meet_cluster();
+    ring.begin(1 + FILLERS, (CONSUMERS + 32) / 32);
+    Share share(tiles, rows, gridDim.x);
+    Work work{table, tiles_at, rows, add, out, bias, parts, share, share.begin(blockIdx.x), share.begin(blockIdx.x + 1)};
     if (threadIdx.x >= CONSUMERS) {
         registers_down<OTHERS>();
-        if (threadIdx.x < CONSUMERS + 32) add_all(work, ring);
-        if (threadIdx.x == CONSUMERS + 32) fetch_all(work, ring, &wide_map, &narrow_map);
+        if (threadIdx.x < CONSUMERS + 32) {
+            add_all(work, ring);
+        } else if (threadIdx.x >= CONSUMERS + 64) {
+            fetch_rest(work, ring, narrow_values);
+        } else if (threadIdx.x == CONSUMERS + 32) {
+            fetch_boxes(work, ring, &wide_map, &narrow_map);
+        }
     } else {
         registers_up<MULTIPLYING>();
         multiply_all(work, ring);
     }
-    meet_cluster();
 }
 
 // Groups of 8 columns that a block of band_outer_sum adds up.
 constexpr int SUM_GROUPS = 4;
 
-// `clusters` is how many band_outer had.
+// `blocks` is how many band_outer had.
 extern "C" __global__ void __launch_bounds__(CONSUMERS)
-    band_outer_sum(float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int clusters, int rows,
+    band_outer_sum(float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int blocks, int rows,
                    int add) {
-    Share share(tiles, rows, clusters);
-    int index = blockIdx.x / CLUSTER, rank = blockIdx.x % CLUSTER, group = blockIdx.y * SUM_GROUPS, wide = table[1];
+    Share share(tiles, rows, blocks);
+    int index = blockIdx.x, group = blockIdx.y * SUM_GROUPS, wide = table[1];
     long long start = (long long)index * share.steps;
-    int first = share.cluster_of(start), last = share.cluster_of(start + share.steps - 1);
+    int first = share.block_of(start), last = share.block_of(start + share.steps - 1);
     if (first == last) return;
-    OuterTile tile(table, tiles_at, index, rank);
+    OuterTile tile(table, tiles_at, index);
     float acc[SUM_GROUPS][4] = {};
     float sum = 0.0f;
     int column = tile.pair.upper.row + threadIdx.x;
-    bool adds = group == 0 && bias != nullptr && tile.adds && threadIdx.x < 128 && column < wide;
+    bool adds = group == 0 && bias != nullptr && tile.adds() && threadIdx.x < 128 && column < wide;
 #pragma unroll 2
-    for (int cluster = first; cluster <= last; cluster++) {
-        const float* piece = piece_at(parts, cluster, index, rank);
+    for (int block = first; block <= last; block++) {
+        const float* piece = piece_at(parts, block, index);
 #pragma unroll
         for (int j = 0; j < SUM_GROUPS; j++) {
             float4 c = reinterpret_cast<const float4*>(piece)[(group + j) * CONSUMERS + threadIdx.x];

@@ -238,34 +238,6 @@ __device__ __forceinline__ void tensor_load(char* shared, const TensorMap* map, 
                  : "memory");
 }
 
-// Clusters: blocks side by side, whose shared memory each of them reaches.
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// A barrier of all threads of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release; barrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Arrives at the same barrier of the cluster's block `rank`.
-__device__ __forceinline__ void barrier_arrive_at(u64* barrier, u32 rank) {
-    asm volatile("{.reg .u32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(shared_address(barrier)), "r"(rank)
-                 : "memory");
-}
-
-// `tensor_load` to the same place of all blocks of `mask`, at whose barriers the box arrives.
-__device__ __forceinline__ void tensor_load_all(char* shared, const TensorMap* map, int col, int row, u64* barrier, u16 mask) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(shared)), "l"(map), "r"(col), "r"(row),
-                 "r"(shared_address(barrier)), "h"(mask)
-                 : "memory");
-}
-
 // The other way: a tile to the map's box from (row, col) on; what lies outside the matrix is left out.
 __device__ __forceinline__ void tensor_store(const TensorMap* map, int col, int row, const char* shared) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col), "r"(row),

@@ -216,7 +216,7 @@ impl BandLinear for Cuda {
         let Lists { mut words, contract_at, outer_at, outer_tiles, outer } = Lists::new(band, &self.band_cuts);
         let whole_chunks = [band.narrow(), band.wide()].iter().all(|side| side.is_multiple_of(self.element().lanes()));
         let hopper = self.arithmetic == Arithmetic::Bf16 && self.kernels.target().has_warpgroup_products();
-        let hopper = (hopper && whole_chunks).then(|| band_hopper::Lists::new(band, &mut words, self.card().clusters));
+        let hopper = (hopper && whole_chunks).then(|| band_hopper::Lists::new(band, &mut words));
         let buffer = self.create(Element::F32, "band table", words.len())?;
         let to = buffer.f32s(words.len())?;
         self.copy_words(to, &words)?;

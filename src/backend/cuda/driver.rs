@@ -26,8 +26,6 @@ pub struct Card {
     pub multiprocessors: usize,
     /// Bytes of shared memory that a block may ask for.
     pub shared_memory: usize,
-    /// Whether blocks can be started in clusters that reach each other's shared memory.
-    pub clusters: bool,
     /// The CUDA version its driver speaks: (13, 0).
     pub driver: (u32, u32),
 }
@@ -142,7 +140,6 @@ fn find() -> Result<(Card, sys::CUdevice)> {
         memory: unsafe { result::device::total_mem(device) }.map_err(fault("asking for the card's memory"))?,
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
         shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
-        clusters: attribute(Attribute::CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH)? != 0,
         driver: (version as u32 / 1000, version as u32 % 1000 / 10),
     };
     if card.architecture < OLDEST_ARCHITECTURE {
@@ -237,7 +234,8 @@ impl Driver {
     /// rows of 128 bytes have their 16-byte chunks permuted; what lies outside the matrix is copied as zeros.
     pub(super) fn tensor_map(&self, address: u64, size: [usize; 2], box_size: [usize; 2]) -> Result<TensorMap> {
         use sys::{
-            CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion, CUtensorMapSwizzle,
+            CUtensorMapDataType, CUtensorMapFloatOOBfill, CUtensorMapInterleave, CUtensorMapL2promotion,
+            CUtensorMapSwizzle,
         };
         let mut map = TensorMap([0; 16]);
         let sizes = [size[1] as u64, size[0] as u64];
