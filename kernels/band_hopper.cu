@@ -10,7 +10,7 @@
 //
 // Shapes: as in `band.cu`. The maps describe x, wide and narrow to the copy engine, in boxes of 64 columns x BOX_ROWS rows. The
 //   table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow columns the panels that touch its left
-//   half alone, both, its right half alone; the tiles of the outer product as (pair of panels, first column).
+//   half alone, then the others that touch it; the tiles of the outer product as (pair of panels, first column).
 // Dtypes: bf16 operands and results, float bias, dP and dbias, sums in float.
 // Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile, of the outer product an equal share of
 //   all steps. Two warpgroups multiply: of expand and contract each has 128 rows and BLOCK_COLS columns, of the outer product
@@ -35,7 +35,7 @@ constexpr int STAGE_BYTES = X_BYTES + BLOCK_COLS * 128;
 
 // Of a block of 384 threads, the registers of a thread at the start (of 65536, in steps of 8), of one that multiplies, and of the
 // others. What the latter give back must be enough for the former: else they wait for ever.
-[[maybe_unused]] constexpr int REGISTERS = 65536 / 384 / 8 * 8, MULTIPLYING = 224, OTHERS = 56;
+[[maybe_unused]] constexpr int REGISTERS = 65536 / 384 / 8 * 8, MULTIPLYING = 216, OTHERS = 64;
 static_assert(CONSUMERS * MULTIPLYING + 128 * OTHERS <= 384 * REGISTERS, "registers that there are");
 
 struct Panel {
@@ -456,30 +456,29 @@ __device__ __forceinline__ void each_quad(const float (&acc)[2][NT][4], int row0
     }
 }
 
-// Begins the products of a warpgroup's rows and the columns [First, First + Cols) of one stage.
-template <int Cols, int First>
+// Begins the products of a warpgroup's rows and the first Cols columns of one stage.
+template <int Cols>
 __device__ __forceinline__ void multiply_columns(Results<2>& results, char* stage, int first_row) {
-    Across<DEPTH> right{Tile<DEPTH>{stage + X_BYTES}, First};
+    Across<DEPTH> right{Tile<DEPTH>{stage + X_BYTES}, 0};
 #pragma unroll
     for (int k = 0; k < DEPTH; k += KSTEP) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             Along<BLOCK_ROWS> left{Tile<BLOCK_ROWS>{stage}, first_row + 64 * i};
-            wgmma<Cols, false, true>(results.acc[i] + First / 8, descriptor(left, k), descriptor(right, k));
+            wgmma<Cols, false, true>(results.acc[i], descriptor(left, k), descriptor(right, k));
         }
     }
 }
 
-// The panels that a tile of narrow columns touches: first those that touch the left half of the columns alone, then those that
-// touch both, then the right half alone.
+// The panels that a tile of narrow columns touches: first those that touch the left half of the columns alone, then the rest.
 struct Panels {
     const u32* numbers;
-    int left, both, right;
+    int left, all;
 
     __device__ __forceinline__ Panels(const u32* table, int tiles_at, int tile) {
-        const u32* head = table + tiles_at + 4 * tile;
+        const u32* head = table + tiles_at + 3 * tile;
         numbers = table + head[0];
-        left = head[1], both = head[2], right = head[3];
+        left = head[1], all = head[2];
     }
 };
 
@@ -496,12 +495,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
     if (threadIdx.x >= CONSUMERS) {
         for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             Panels panels(table, tiles_at, tile % across);
-            int steps = panels.left + panels.both + panels.right;
             int col0 = tile % across * BLOCK_COLS, row0 = tile / across * BLOCK_ROWS;
             Panel coming = panel_at(table, panels.numbers[0]);
-            for (int step = 0; step < steps; step++) {
+            for (int step = 0; step < panels.all; step++) {
                 Panel panel = coming;
-                if (step + 1 < steps) coming = panel_at(table, panels.numbers[step + 1]);  // there when it is needed
+                if (step + 1 < panels.all) coming = panel_at(table, panels.numbers[step + 1]);  // there when it is needed
                 barrier_wait(ring.read(place.slot), place.phase ^ 1);
                 char* stage = ring.stage(place.slot);
                 if (threadIdx.x == CONSUMERS) {
@@ -510,7 +508,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
                 }
                 // A tile across the depth has one segment for each half of the columns.
                 Tile<DEPTH> left{stage + X_BYTES}, right{stage + X_BYTES + DEPTH * 128};
-                if (step < panels.left + panels.both) fetch_panel<HALF>(left, 0, weights, panel, col0);
+                fetch_panel<HALF>(left, 0, weights, panel, col0);
                 if (step >= panels.left) fetch_panel<HALF>(right, 0, weights, panel, col0 + HALF);
                 copy_async_arrive(ring.full(place.slot));
                 place.advance();
@@ -526,9 +524,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         Panels panels(table, tiles_at, tile % across);
         results.clear();
-        consume(ring, place, panels.left, [&](char* stage) { multiply_columns<HALF, 0>(results, stage, first_row); });
-        consume(ring, place, panels.both, [&](char* stage) { multiply_columns<BLOCK_COLS, 0>(results, stage, first_row); });
-        consume(ring, place, panels.right, [&](char* stage) { multiply_columns<HALF, HALF>(results, stage, first_row); });
+        consume(ring, place, panels.left, [&](char* stage) { multiply_columns<HALF>(results, stage, first_row); });
+        consume(ring, place, panels.all - panels.left,
+                [&](char* stage) { multiply_columns<BLOCK_COLS>(results, stage, first_row); });
         results.hold();
         each_quad(results.acc, tile / across * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
             u32 words[4];

@@ -35,9 +35,9 @@ const OUTER_ROWS: usize = 2 * PANEL_ROWS;
 const TILE_ROW: usize = 128;
 const BOX_COLS: usize = TILE_ROW / 2;
 
-/// Lists for these kernels, behind a band's other words: for each tile of narrow columns where its panels are listed, and how
-/// many touch its left half alone, both halves, its right half alone; the tiles of the outer product as pairs of panels and
-/// first columns.
+/// Lists for these kernels, behind a band's other words: for each tile of narrow columns where its panels are listed, how
+/// many of them touch its left half alone and come first, and how many there are; the tiles of the outer product as pairs of
+/// panels and first columns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Lists {
     contract_at: usize,
@@ -50,12 +50,12 @@ impl Lists {
     /// Adds the lists of `band` to its words.
     pub(super) fn new(band: &Band, words: &mut Vec<u32>) -> Self {
         let contract_at = words.len();
-        let lists: Vec<[Vec<u32>; 3]> =
-            (0..band.narrow()).step_by(COLS).map(|start| panels_by_halves(band.panels(), start)).collect();
-        let mut at = contract_at + 4 * lists.len();
-        for list in &lists {
-            words.extend([at, list[0].len(), list[1].len(), list[2].len()].map(|word| word as u32));
-            at += list.iter().map(Vec::len).sum::<usize>();
+        let lists: Vec<[Vec<u32>; 2]> =
+            (0..band.narrow()).step_by(COLS).map(|start| touching_panels(band.panels(), start)).collect();
+        let mut at = contract_at + 3 * lists.len();
+        for [left, rest] in &lists {
+            words.extend([at, left.len(), left.len() + rest.len()].map(|word| word as u32));
+            at += left.len() + rest.len();
         }
         words.extend(lists.iter().flatten().flatten());
         let outer_at = words.len();
@@ -71,15 +71,14 @@ impl Lists {
     }
 }
 
-/// The panels that touch the [`COLS`] columns from `start` on: the left half alone, both halves, the right half alone.
-fn panels_by_halves(panels: &[Panel], start: usize) -> [Vec<u32>; 3] {
-    let mut lists: [Vec<u32>; 3] = Default::default();
+/// The panels that touch the left half alone of the [`COLS`] columns from `start` on, and the others that touch these columns.
+fn touching_panels(panels: &[Panel], start: usize) -> [Vec<u32>; 2] {
+    let mut lists: [Vec<u32>; 2] = Default::default();
     for (index, panel) in panels.iter().enumerate().filter(|(_, panel)| !panel.is_empty()) {
         let touches = |start: usize| panel.col_start < start + COLS / 2 && panel.col_start + panel.cols > start;
         match (touches(start), touches(start + COLS / 2)) {
             (true, false) => lists[0].push(index as u32),
-            (true, true) => lists[1].push(index as u32),
-            (false, true) => lists[2].push(index as u32),
+            (_, true) => lists[1].push(index as u32),
             (false, false) => {}
         }
     }
@@ -249,16 +248,14 @@ mod tests {
         for (narrow, wide, bandwidth) in [(300, 1200, 257), (512, 2048, 1024), (512, 2048, 1), (128, 512, 1024)] {
             let band = Band::new(narrow, wide, bandwidth).unwrap();
             for start in (0..narrow).step_by(COLS) {
-                let lists = panels_by_halves(band.panels(), start);
+                let [left, rest] = touching_panels(band.panels(), start);
                 for (index, panel) in band.panels().iter().enumerate() {
                     let touched = [start, start + COLS / 2].map(|half| {
                         (half..half + COLS / 2)
                             .any(|col| (panel.col_start..panel.col_start + panel.cols).contains(&col))
                     });
-                    let halves = [[true, false], [true, true], [false, true]];
-                    for (list, halves) in lists.iter().zip(halves) {
-                        assert_eq!(list.contains(&(index as u32)), touched == halves, "{start}, panel {index}");
-                    }
+                    assert_eq!(left.contains(&(index as u32)), touched == [true, false], "{start}, panel {index}");
+                    assert_eq!(rest.contains(&(index as u32)), touched[1], "{start}, panel {index}");
                 }
             }
         }
