@@ -208,8 +208,8 @@ impl Dataset {
         &self,
         mut call: impl FnMut() -> std::result::Result<Response<Body>, ureq::Error>,
     ) -> std::result::Result<Response<Body>, Failure> {
-        let mut wait = RETRY_DELAY;
-        for attempt in 0.. {
+        let (mut wait, mut left) = (RETRY_DELAY, RETRIES);
+        loop {
             let failure = match call() {
                 Ok(response) if response.status().is_success() || response.status().is_redirection() => {
                     return Ok(response);
@@ -217,13 +217,12 @@ impl Dataset {
                 Ok(response) => Failure::Status(response.status()),
                 Err(error) => Failure::Request(error),
             };
-            if attempt == RETRIES || !failure.may_pass() {
+            if left == 0 || !failure.may_pass() {
                 return Err(failure);
             }
             thread::sleep(wait);
-            wait *= 2;
+            (wait, left) = (2 * wait, left - 1);
         }
-        unreachable!("attempts end")
     }
 
     /// Brings a file to `blob`, which appears when it is whole. What came of it in an attempt that was cut stays.

@@ -305,7 +305,10 @@ mod tests {
         let files = ReportFiles { metrics: Some(metrics.clone()), log: Some(log.clone()), ..ReportFiles::default() };
         let begun = Rc::new(Cell::new(false));
         let (begin, has_begun) = (begun.clone(), || begun.get() && metrics.exists() && log.exists());
-        let start = move || Ok(begin.set(true));
+        let start = move || {
+            begin.set(true);
+            Ok(())
+        };
         let mut reporter = Reporter::new(10, Show::Nothing, "CPU", &files, None, start).unwrap();
         reporter.note("nothing to keep").unwrap();
         assert!(!has_begun());
