@@ -2,7 +2,8 @@
 
 mod skip;
 
-use bandtrain::data::tinystories::{Hub, Source, download};
+use bandtrain::data::hub::Hub;
+use bandtrain::data::tinystories::{Source, download};
 use bandtrain::data::{TokenFile, Tokenizer};
 use bandtrain::error::{Error, Result};
 use sha2::{Digest, Sha256};
@@ -17,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// What the hub does with a GET for a file.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 enum Manner {
     Honest,
     /// Other bytes than the etag says, as many as it says.
@@ -32,6 +33,12 @@ enum Manner {
     Silent,
     Missing,
     Broken,
+    /// A login is asked for.
+    Private,
+    /// The dataset has another name now, on the same hub.
+    Renamed,
+    /// As the hub answers for large files: what it states, and where they lie (this address).
+    Elsewhere(String),
 }
 
 /// A hub on the loopback interface.
@@ -39,21 +46,24 @@ struct TestHub {
     endpoint: String,
     manner: Arc<Mutex<Manner>>,
     gets: Arc<AtomicUsize>,
+    /// Bytes of files that went out.
+    sent: Arc<AtomicUsize>,
 }
 
 impl TestHub {
     fn start(manner: Manner) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let (manner, gets) = (Arc::new(Mutex::new(manner)), Arc::new(AtomicUsize::new(0)));
-        let (shared_manner, shared_gets) = (manner.clone(), gets.clone());
+        let (manner, gets, sent) = (Arc::new(Mutex::new(manner)), Arc::default(), Arc::default());
+        let hub = TestHub { endpoint, manner, gets, sent };
+        let (manner, gets, sent) = (hub.manner.clone(), hub.gets.clone(), hub.sent.clone());
         thread::spawn(move || {
             for stream in listener.incoming() {
-                let (manner, gets) = (*shared_manner.lock().unwrap(), shared_gets.clone());
-                thread::spawn(move || serve(stream.unwrap(), manner, &gets));
+                let (manner, gets, sent) = (manner.lock().unwrap().clone(), gets.clone(), sent.clone());
+                thread::spawn(move || serve(stream.unwrap(), manner, &gets, &sent));
             }
         });
-        TestHub { endpoint, manner, gets }
+        hub
     }
 
     fn becomes(&self, manner: Manner) {
@@ -61,52 +71,83 @@ impl TestHub {
     }
 }
 
-fn serve(mut stream: TcpStream, manner: Manner, gets: &AtomicUsize) {
+/// What is asked.
+struct Request {
+    path: String,
+    is_get: bool,
+    /// The byte to begin with.
+    first: usize,
+}
+
+fn serve(mut stream: TcpStream, manner: Manner, gets: &AtomicUsize, sent: &AtomicUsize) {
     let Some(request) = read_request(&stream) else { return };
-    let name = request.split(' ').nth(1).and_then(|path| path.rsplit('/').next()).unwrap_or_default();
-    let text = contents(name);
-    let is_get = request.starts_with("GET");
-    gets.fetch_add(usize::from(is_get), Ordering::Relaxed);
-    let _ = match (manner, is_get) {
-        (Manner::Silent, _) => {
+    gets.fetch_add(usize::from(request.is_get), Ordering::Relaxed);
+    let mut refuse = |status| write!(stream, "HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n");
+    let name = request.path.rsplit('/').next().unwrap_or_default();
+    let _ = match manner {
+        Manner::Silent => {
             thread::sleep(Duration::from_secs(5));
             Ok(())
         }
-        (Manner::Missing, _) => {
-            write!(stream, "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        Manner::Missing => refuse("404 Not Found".into()),
+        Manner::Private => refuse("401 Unauthorized".into()),
+        Manner::Broken if !request.is_get => refuse("500 Internal Server Error".into()),
+        Manner::Renamed if request.path.starts_with("/datasets/roneneldan/") => {
+            refuse(format!("307 Temporary Redirect\r\nLocation: /datasets/renamed/{name}"))
         }
-        (Manner::Broken, false) => {
-            write!(stream, "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        Manner::Elsewhere(ref place) => {
+            let stated = stated(&contents(name), &sha256(&contents(name)));
+            refuse(format!("302 Found\r\nLocation: {place}/files/{name}\r\n{stated}ETag: \"of the redirect\""))
         }
-        _ => respond(&mut stream, &text, manner, is_get),
+        _ => respond(&mut stream, &contents(name), &manner, &request).map(|bytes| {
+            sent.fetch_add(bytes, Ordering::Relaxed);
+        }),
     };
 }
 
-fn read_request(stream: &TcpStream) -> Option<String> {
+fn read_request(stream: &TcpStream) -> Option<Request> {
     let mut lines = BufReader::new(stream).lines();
     let request = lines.next()?.ok()?;
-    while lines.next().is_some_and(|line| line.is_ok_and(|line| !line.is_empty())) {}
-    Some(request)
+    let headers: Vec<_> = lines.map_while(|line| line.ok().filter(|line| !line.is_empty())).collect();
+    let first = headers.iter().find_map(|line| line.to_lowercase().strip_prefix("range: bytes=").map(String::from));
+    let first = first.and_then(|range| range.trim_end_matches('-').parse().ok()).unwrap_or(0);
+    Some(Request { path: request.split(' ').nth(1)?.to_string(), is_get: request.starts_with("GET"), first })
 }
 
-fn respond(stream: &mut TcpStream, text: &[u8], manner: Manner, is_get: bool) -> io::Result<()> {
-    let etag = if manner == Manner::Unstated { format!("e83c5163-{}", text.len()) } else { sha256(text) };
+/// The headers in which a hub says what a file is.
+fn stated(text: &[u8], etag: &str) -> String {
+    let commit = "0123456789".repeat(4);
+    format!("X-Repo-Commit: {commit}\r\nX-Linked-Etag: \"{etag}\"\r\nX-Linked-Size: {}\r\n", text.len())
+}
+
+/// Answers with a file, or what the manner makes of it, and says how many bytes of it went out.
+fn respond(stream: &mut TcpStream, text: &[u8], manner: &Manner, request: &Request) -> io::Result<usize> {
+    let etag = if *manner == Manner::Unstated { format!("e83c5163-{}", text.len()) } else { sha256(text) };
     let mut body = text.to_vec();
     match manner {
         Manner::Corrupt => body[0] ^= 1,
         Manner::Short => body.truncate(text.len() - 10),
         _ => {}
     }
+    let status = match request.first {
+        0 => "200 OK".to_string(),
+        first => {
+            body.drain(..first);
+            format!("206 Partial Content\r\nContent-Range: bytes {first}-{}/{}", text.len() - 1, text.len())
+        }
+    };
+    let (stated, length) = (stated(text, &etag), body.len());
     write!(
         stream,
-        "HTTP/1.1 200 OK\r\nX-Repo-Commit: {}\r\nX-Linked-Etag: \"{etag}\"\r\nX-Linked-Size: {}\r\nETag: \"{etag}\"\r\n\
-         Content-Length: {}\r\nConnection: close\r\n\r\n",
-        "0123456789".repeat(4),
-        text.len(),
-        body.len()
+        "HTTP/1.1 {status}\r\n{stated}ETag: \"{etag}\"\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
     )?;
-    let sent = if manner == Manner::Cut { body.len() / 2 } else { body.len() };
-    if is_get { stream.write_all(&body[..sent]) } else { Ok(()) }
+    let sent = match (request.is_get, manner) {
+        (false, _) => 0,
+        (true, Manner::Cut) => length / 2,
+        (true, _) => length,
+    };
+    stream.write_all(&body[..sent])?;
+    Ok(sent)
 }
 
 /// A few stories for validation, 3 MB of them for training.
@@ -192,8 +233,34 @@ fn a_cut_connection_says_so_and_the_next_run_succeeds() {
     let sentence = bench.refusal(&hub.endpoint);
     assert!(sentence.contains("was cut after"), "{sentence}");
     assert!(sentence.ends_with("run again"), "{sentence}");
+    let half = hub.sent.swap(0, Ordering::Relaxed);
     hub.becomes(Manner::Honest);
-    bench.download(&hub.endpoint).unwrap();
+    let sources = bench.download(&hub.endpoint).unwrap();
+    let whole: usize = sources.iter().map(|source| contents(source.name).len()).sum();
+    assert!(half > 0 && hub.sent.load(Ordering::Relaxed) == whole - half, "what had come is not sent again");
+}
+
+#[test]
+fn what_the_cache_has_does_for_a_hub_that_is_gone() {
+    let (bench, hub) = (Bench::new(), TestHub::start(Manner::Honest));
+    let sources = bench.download(&hub.endpoint).unwrap();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    assert_eq!(bench.download(&format!("http://{closed}")).unwrap(), sources);
+    hub.becomes(Manner::Broken);
+    assert_eq!(bench.download(&hub.endpoint).unwrap(), sources);
+}
+
+#[test]
+fn redirects_lead_to_the_file() {
+    let place = TestHub::start(Manner::Unstated);
+    for manner in [Manner::Renamed, Manner::Elsewhere(place.endpoint.clone())] {
+        let (bench, hub) = (Bench::new(), TestHub::start(manner));
+        assert!(bench.download(&hub.endpoint).unwrap().iter().all(|source| source.sha256_stated));
+        let folder = bench.cache().join("datasets--roneneldan--TinyStories");
+        let commit = fs::read_to_string(folder.join("refs/main")).unwrap();
+        let text = fs::read(folder.join("snapshots").join(commit).join("TinyStories-valid.txt")).unwrap();
+        assert_eq!(fs::read(folder.join("blobs").join(sha256(&text))).unwrap(), text);
+    }
 }
 
 #[test]
@@ -213,10 +280,14 @@ fn hubs_that_do_not_answer_are_given_up_in_seconds() {
     assert!(sentence.contains("sent nothing for 2s"), "{sentence}");
     let sentence = bench.refusal(&TestHub::start(Manner::Missing).endpoint);
     assert!(sentence.contains("has no TinyStories-valid.txt"), "{sentence}");
+    let sentence = bench.refusal(&TestHub::start(Manner::Private).endpoint);
+    assert!(sentence.contains("refuses TinyStories-valid.txt") && sentence.contains("HF_TOKEN"), "{sentence}");
     let sentence = bench.refusal(&TestHub::start(Manner::Broken).endpoint);
     assert!(sentence.contains("did not deliver"), "{sentence}");
-    let sentence = bench.download("not an address").unwrap_err().to_string();
-    assert!(sentence.contains("'not an address' is not an address"), "{sentence}");
+    for address in ["not an address", "huggingface.co", "https://"] {
+        let sentence = bench.download(address).unwrap_err().to_string();
+        assert!(sentence.contains(&format!("'{address}' is not an address")), "{sentence}");
+    }
 }
 
 #[test]

@@ -27,7 +27,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// The newest checkpoint's name in a run's folder.
+pub const RUN_FILE: &str = "model.safetensors";
 
 /// The outcome of a check whose sentence still lacks the name of the file.
 type Checked<T> = std::result::Result<T, String>;
@@ -199,11 +202,20 @@ pub fn detect(path: &Path) -> Result<Format> {
     }
 }
 
-/// Loads a model from a file or a Hugging Face folder of any [`Format`]. Padded vocabulary rows are set to zero.
+/// The newest checkpoint of a run's folder; `None` when `path` is something else.
+fn newest_of_run(path: &Path) -> Option<PathBuf> {
+    let file = path.join(RUN_FILE);
+    (path.is_dir() && matches!(detect(&file), Ok(Format::Safetensors))).then_some(file)
+}
+
+/// Loads a model from a file of any [`Format`], a Hugging Face folder, or a run's folder: its newest checkpoint. Padded
+/// vocabulary rows are set to zero.
 ///
 /// # Errors
 /// [`Error::Io`] when something cannot be read, [`Error::File`] when it is no whole and valid checkpoint.
 pub fn load(path: &Path) -> Result<Checkpoint> {
+    let newest = newest_of_run(path);
+    let path = newest.as_deref().unwrap_or(path);
     let mut checkpoint = match detect(path)? {
         Format::Llmc | Format::LlmcBf16 => {
             let weights = llmc::read(path)?;
@@ -217,7 +229,7 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Writes a model; [`Format::Hf`] makes a folder, the others a file. An older checkpoint at `path` is replaced in one
+/// Writes a model; [`Format::Hf`] makes a folder, and not in that of a run, the others a file. An older checkpoint at `path` is replaced in one
 /// step and only by a complete one that [`load`] would accept; after an error it is still there, and nothing else is.
 ///
 /// # Errors
@@ -228,6 +240,9 @@ pub fn save(path: &Path, checkpoint: &Checkpoint, format: Format) -> Result<()> 
     match format {
         Format::Llmc | Format::LlmcBf16 => llmc::write(path, &checkpoint.weights, format.encoding())?.publish(),
         Format::Safetensors => safetensors::write(path, checkpoint, None)?.publish(),
+        Format::Hf if newest_of_run(path).is_some() => {
+            Err(Error::file(path, format!("holds a run, whose {RUN_FILE} would be overwritten; name another folder")))
+        }
         Format::Hf => hf::write(path, checkpoint),
     }
 }

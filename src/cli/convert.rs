@@ -2,14 +2,15 @@
 
 use super::parse;
 use crate::checkpoint::{self, Checkpoint, Format};
-use crate::error::Result;
+use crate::data::same_file;
+use crate::error::{Error, Result};
 use crate::output::grouped;
 use crate::say;
 use std::path::PathBuf;
 
 /// Converts a model between file formats
 ///
-/// Reads llm.c models (fp32 and bf16), native safetensors and Hugging Face GPT-2 files or folders; which one it is given
+/// Reads llm.c models (fp32 and bf16), native safetensors, Hugging Face GPT-2 files or folders, and the folders of runs; which one it is given
 /// it finds out by itself. Formats that know no band receive dense matrices with zeros outside it. A bandwidth bands the model
 /// on the way, and says how much of its weights that cut.
 #[derive(clap::Args)]
@@ -39,6 +40,9 @@ pub struct ConvertArgs {
 /// An unknown format; a model that cannot be read; an output that cannot be written.
 pub fn run(args: ConvertArgs) -> Result<()> {
     let format = Format::from_name(&args.to)?;
+    if same_file(&args.input, &args.output) {
+        return Err(Error::file(&args.output, "is the input and would be overwritten; name another output"));
+    }
     let (checkpoint, notes) = banded(checkpoint::load(&args.input)?, &args)?;
     checkpoint::save(&args.output, &checkpoint, format)?;
     let config = checkpoint.weights.config();

@@ -1,7 +1,8 @@
 //! `bandtrain data`: corpora by name.
 
 use super::tokenize::{byte_bar, print_summary};
-use crate::data::tinystories::{Hub, download};
+use crate::data::hub::Hub;
+use crate::data::tinystories::download;
 use crate::data::{Tokenizer, toy};
 use crate::error::Result;
 use crate::say;
@@ -11,7 +12,8 @@ use std::time::Instant;
 /// Fetches a corpus and turns it into token files
 ///
 /// tinystories: downloads the real TinyStories (about 2 GB of text) from the Hugging Face hub (HF_ENDPOINT names another),
-/// checks it, and tokenizes it with GPT-2's BPE. toy: writes the built-in toy corpus, for the byte tokenizer.
+/// checks it, and tokenizes it with GPT-2's BPE; asked for again, it goes on with a download that was cut. toy: writes the
+/// built-in toy corpus, for the byte tokenizer.
 #[derive(clap::Args)]
 #[command(after_help = "Example:\n  bandtrain data tinystories --output data/tinystories")]
 pub struct DataArgs {

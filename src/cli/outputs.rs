@@ -3,10 +3,11 @@
 use super::train_options::TrainOptions;
 use crate::VERSION;
 use crate::atomic::{AtomicFile, folder_of};
-use crate::checkpoint::Format;
+use crate::checkpoint::{Format, RUN_FILE};
 use crate::data::{matching_files, same_file};
 use crate::error::{Error, Result};
 use crate::report::{LineFile, ReportFiles};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -44,7 +45,7 @@ impl Outputs {
 
     fn in_folder(folder: &Path, log: Option<PathBuf>) -> Self {
         Self {
-            checkpoint: folder.join("model.safetensors"),
+            checkpoint: folder.join(RUN_FILE),
             reports: ReportFiles {
                 metrics: Some(folder.join("metrics.jsonl")),
                 log,
@@ -106,7 +107,7 @@ impl Outputs {
         }
     }
 
-    /// Finds out before hours of training whether a checkpoint can be written at its end.
+    /// Finds out before hours of training whether a checkpoint can be written at its end, and reports before.
     ///
     /// # Errors
     /// [`Error::Io`] naming what cannot be written.
@@ -116,25 +117,37 @@ impl Outputs {
         if self.checkpoint.is_dir() {
             return Err(Error::file(&self.checkpoint, "is a folder; name a file for the checkpoint"));
         }
-        tempfile::tempfile_in(folder).map(|_| ()).map_err(Error::io("write to", folder))
+        tempfile::tempfile_in(folder).map_err(Error::io("write to", folder))?;
+        let ReportFiles { metrics, log, samples, .. } = &self.reports;
+        [metrics, log, samples].into_iter().flatten().try_for_each(|file| match file.exists() {
+            true => File::options().append(true).open(file).map(|_| ()).map_err(Error::io("open", file)),
+            false => tempfile::tempfile_in(folder_of(file)).map(|_| ()).map_err(Error::io("create", file)),
+        })
     }
 
-    /// Writes the options, all of them filled in, as a file that `--config` takes, and in a run's folder a line about this
+    /// What writes the options, all of them filled in, as a file that `--config` takes, and in a run's folder a line about this
     /// start: when, what program, on what device, after which step.
     ///
     /// # Errors
-    /// [`Error::Io`] when they cannot be written.
-    pub fn record(&self, options: &TrainOptions, device: &str, step: u64) -> Result<()> {
+    /// Options that are no TOML, a fault of the program; what is returned meets [`Error::Io`] when they cannot be written.
+    pub fn record(
+        &self,
+        options: &TrainOptions,
+        device: &str,
+        step: u64,
+    ) -> Result<impl FnOnce() -> Result<()> + 'static> {
         let text = toml::to_string(options)
             .map_err(|error| Error::Internal(format!("the options cannot be written as TOML: {error}")))?;
         let text = format!("# What bandtrain {VERSION} ran; 'bandtrain --config FILE' runs it again.\n{text}");
-        let mut file = AtomicFile::create(&self.resolved)?;
-        file.append(text.as_bytes())?;
-        file.seal()?.publish()?;
-        let Some(starts) = &self.starts else { return Ok(()) };
         let time = humantime::format_rfc3339_seconds(SystemTime::now()).to_string();
         let start = serde_json::json!({ "step": step, "time": time, "version": VERSION, "device": device });
-        LineFile::append(starts)?.json(&start)
+        let (resolved, starts) = (self.resolved.clone(), self.starts.clone());
+        Ok(move || {
+            let mut file = AtomicFile::create(&resolved)?;
+            file.append(text.as_bytes())?;
+            file.seal()?.publish()?;
+            starts.map_or(Ok(()), |starts| LineFile::append(&starts)?.json(&start))
+        })
     }
 
     /// What a user may want to do with the run next.

@@ -259,7 +259,8 @@ impl TrainConfig {
         };
         let after = self.progress.as_ref().map(|progress| progress.step);
         let interrupt = interrupt::listen()?;
-        let mut reporter = Reporter::new(plan.steps, show, &device, &self.outputs.reports, after)?;
+        let begin = self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
+        let mut reporter = Reporter::new(plan.steps, show, &device, &self.outputs.reports, after, begin)?;
         describe(&self.name, &self.weights, plan, &self.train, &device, &mut reporter)?;
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
@@ -273,8 +274,6 @@ impl TrainConfig {
             if let Some(progress) = self.progress.take() {
                 trainer.resume(&mut self.train, progress)?;
             }
-            // Not before there is memory for it: these files say that there was a run.
-            self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
             trainer.run(&mut self.train, self.val.as_mut(), interrupt)
         };
         let summary = train(&mut model)
@@ -282,8 +281,12 @@ impl TrainConfig {
         if summary.skipped > 0 {
             reporter.note(&format!("skipped {} of {} updates as spikes", summary.skipped, plan.steps))?;
         }
-        if let Some((first, last)) = summary.val_loss {
-            reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
+        match summary.val_loss {
+            Some((first, Some(last))) => {
+                reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
+            }
+            Some((only, None)) => reporter.note(&format!("done: validation loss {}", loss(only)))?,
+            None => {}
         }
         self.outputs.advice().iter().try_for_each(|line| reporter.note(line))
     }

@@ -1,5 +1,6 @@
-//! From text to batches: tokenizers, token files, the loader, TinyStories, the built-in toy corpus, and HellaSwag's questions.
+//! From text to batches: tokenizers, token files, the loader, the hub and TinyStories on it, the built-in toy corpus, and HellaSwag's questions.
 pub mod hellaswag;
+pub mod hub;
 pub mod loader;
 mod paths;
 pub mod shard;

@@ -109,23 +109,17 @@ impl Screen {
     }
 }
 
-/// Sends what happens to everyone who asked for it.
-pub struct Reporter {
-    steps: u64,
-    screen: Screen,
+/// Files that are open.
+#[derive(Default)]
+struct OpenFiles {
     metrics: Option<LineFile>,
     log: Option<LineFile>,
     samples: Option<LineFile>,
     events: Option<EventFile>,
 }
 
-impl Reporter {
-    /// A reporter for `steps` steps on the device that is described. A run that goes on `after` a step keeps what its files
-    /// tell up to there; any other begins them anew.
-    ///
-    /// # Errors
-    /// [`crate::Error::Io`] when a file cannot be read or written; a terminal that cannot be drawn on.
-    pub fn new(steps: u64, show: Show, device: &str, files: &ReportFiles, after: Option<u64>) -> Result<Self> {
+impl OpenFiles {
+    fn new(files: &ReportFiles, after: Option<u64>) -> Result<Self> {
         let open = |path: &Option<PathBuf>, step_of| {
             path.as_deref().map(|path| match after {
                 None => LineFile::create(path),
@@ -134,29 +128,68 @@ impl Reporter {
         };
         let events = files.events.as_deref().map(|folder| EventFile::create(folder, after.unwrap_or(0)));
         Ok(Self {
-            steps,
             metrics: open(&files.metrics, step_of_record).transpose()?,
             log: open(&files.log, step_of_log).transpose()?,
             samples: open(&files.samples, step_of_record).transpose()?,
             events: events.transpose()?,
-            // Last: whatever fails before is told on an ordinary screen.
-            screen: Screen::new(show, steps, device)?,
         })
+    }
+}
+
+/// What a run does when it has the first thing to report.
+type Begin = Box<dyn FnOnce() -> Result<()>>;
+
+/// Sends what happens to everyone who asked for it.
+pub struct Reporter {
+    steps: u64,
+    screen: Screen,
+    /// What is to be opened by the first report.
+    waiting: Option<(ReportFiles, Option<u64>, Begin)>,
+    files: OpenFiles,
+}
+
+impl Reporter {
+    /// A reporter for `steps` steps on the device that is described. A run that goes on `after` a step keeps what its files
+    /// tell up to there; any other begins them anew. That happens with the first report, just before `begin`: a training that
+    /// ends before, for want of memory say, leaves the files of an earlier one as they are.
+    ///
+    /// # Errors
+    /// A terminal that cannot be drawn on.
+    pub fn new(
+        steps: u64,
+        show: Show,
+        device: &str,
+        files: &ReportFiles,
+        after: Option<u64>,
+        begin: impl FnOnce() -> Result<()> + 'static,
+    ) -> Result<Self> {
+        let waiting = Some((files.clone(), after, Box::new(begin) as Begin));
+        Ok(Self { steps, screen: Screen::new(show, steps, device)?, waiting, files: OpenFiles::default() })
+    }
+
+    /// The files, opened when they are asked for first.
+    fn files(&mut self) -> Result<&mut OpenFiles> {
+        if let Some((files, after, begin)) = self.waiting.take() {
+            self.files = OpenFiles::new(&files, after)?;
+            begin()?;
+        }
+        Ok(&mut self.files)
     }
 
     /// A step is done.
     ///
     /// # Errors
-    /// A file cannot be written.
+    /// A file cannot be opened or written.
     pub fn step(&mut self, record: &StepRecord) -> Result<()> {
         let StepRecord { step, train_loss, lr, grad_norm, tok_per_s, step_ms, skipped, .. } = record;
-        if let Some(file) = &mut self.metrics {
+        let files = self.files()?;
+        if let Some(file) = &mut files.metrics {
             file.json(record)?;
         }
-        if let Some(file) = &mut self.log {
+        if let Some(file) = &mut files.log {
             file.line(&format!("s:{step} trl:{}", loss(*train_loss)))?;
         }
-        if let Some(file) = &mut self.events {
+        if let Some(file) = &mut files.events {
             let (loss, norm) = (f64::from(*train_loss), f64::from(*grad_norm));
             let rate = ("tokens_per_second", *tok_per_s);
             file.scalars(*step, &[("loss/train", loss), ("learning_rate", *lr), ("gradient_norm", norm), rate])?;
@@ -190,16 +223,17 @@ impl Reporter {
     /// A validation is done.
     ///
     /// # Errors
-    /// A file cannot be written.
+    /// A file cannot be opened or written.
     pub fn validation(&mut self, record: &ValRecord) -> Result<()> {
         let ValRecord { step, val_loss } = record;
-        if let Some(file) = &mut self.metrics {
+        let files = self.files()?;
+        if let Some(file) = &mut files.metrics {
             file.json(record)?;
         }
-        if let Some(file) = &mut self.log {
+        if let Some(file) = &mut files.log {
             file.line(&format!("s:{step} tel:{}", loss(*val_loss)))?;
         }
-        if let Some(file) = &mut self.events {
+        if let Some(file) = &mut files.events {
             file.scalars(*step, &[("loss/validation", f64::from(*val_loss))])?;
         }
         if let Screen::Dashboard(dashboard) = &self.screen {
@@ -211,13 +245,14 @@ impl Reporter {
     /// A sample is made.
     ///
     /// # Errors
-    /// A file cannot be written.
+    /// A file cannot be opened or written.
     pub fn sample(&mut self, record: &SampleRecord) -> Result<()> {
         let SampleRecord { step, sample } = record;
-        if let Some(file) = &mut self.samples {
+        let files = self.files()?;
+        if let Some(file) = &mut files.samples {
             file.json(record)?;
         }
-        if let Some(file) = &mut self.events {
+        if let Some(file) = &mut files.events {
             file.text(*step, "sample", sample)?;
         }
         if let Screen::Dashboard(dashboard) = &self.screen {
@@ -260,14 +295,25 @@ impl Reporter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cell::Cell;
+    use std::rc::Rc;
 
     #[test]
     fn files_receive_one_line_for_each_event() {
         let folder = tempfile::tempdir().unwrap();
         let (metrics, log) = (folder.path().join("m.jsonl"), folder.path().join("log.txt"));
         let files = ReportFiles { metrics: Some(metrics.clone()), log: Some(log.clone()), ..ReportFiles::default() };
-        let mut reporter = Reporter::new(10, Show::Nothing, "CPU", &files, None).unwrap();
+        let begun = Rc::new(Cell::new(false));
+        let (begin, has_begun) = (begun.clone(), || begun.get() && metrics.exists() && log.exists());
+        let start = move || {
+            begin.set(true);
+            Ok(())
+        };
+        let mut reporter = Reporter::new(10, Show::Nothing, "CPU", &files, None, start).unwrap();
+        reporter.note("nothing to keep").unwrap();
+        assert!(!has_begun());
         reporter.validation(&ValRecord { step: 0, val_loss: 5.5 }).unwrap();
+        assert!(has_begun());
         let record = StepRecord {
             step: 1,
             train_loss: 5.25,
@@ -279,18 +325,19 @@ mod tests {
             skipped: None,
         };
         reporter.step(&record).unwrap();
-        let lines = std::fs::read_to_string(metrics).unwrap();
+        let lines = std::fs::read_to_string(&metrics).unwrap();
         let mut lines = lines.lines();
         assert_eq!(lines.next().unwrap(), r#"{"step":0,"val_loss":5.5}"#);
         let step: serde_json::Value = serde_json::from_str(lines.next().unwrap()).unwrap();
         assert_eq!((step["train_loss"].as_f64(), step["tokens"].as_u64()), (Some(5.25), Some(128)));
-        assert_eq!(std::fs::read_to_string(log).unwrap(), "s:0 tel:5.500000\ns:1 trl:5.250000\n");
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "s:0 tel:5.500000\ns:1 trl:5.250000\n");
     }
 
     #[test]
     fn a_file_that_cannot_be_created_is_named() {
         let files = ReportFiles { metrics: Some("/no/such/folder/m.jsonl".into()), ..ReportFiles::default() };
-        let error = Reporter::new(1, Show::Nothing, "CPU", &files, None).err().unwrap();
+        let mut reporter = Reporter::new(1, Show::Nothing, "CPU", &files, None, || Ok(())).unwrap();
+        let error = reporter.validation(&ValRecord { step: 0, val_loss: 5.5 }).unwrap_err();
         assert!(error.to_string().contains("/no/such/folder/m.jsonl"), "{error}");
     }
 }

@@ -65,8 +65,8 @@ pub struct TrainPlan {
 /// What came of a training.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainSummary {
-    /// Loss of the first and of the last validation, where there were any.
-    pub val_loss: Option<(f32, f32)>,
+    /// Loss of the first validation since the start, and of the last if there were more.
+    pub val_loss: Option<(f32, Option<f32>)>,
     /// Updates left out, those before a resume included.
     pub skipped: u64,
 }
@@ -91,8 +91,8 @@ pub struct Trainer<'a, B: Backend> {
     saved_at: Instant,
     /// The report after the last step that was interrupted.
     unfinished: Option<Report>,
-    /// Loss of the first and of the last validation.
-    val_loss: Option<(f32, f32)>,
+    /// As in [`TrainSummary`].
+    val_loss: Option<(f32, Option<f32>)>,
     /// When the last step was complete, or whatever came after it: a step's time runs from here.
     clock: Instant,
 }
@@ -149,7 +149,12 @@ impl<'a, B: Backend> Trainer<'a, B> {
         self.saved = Some((step, file));
         (self.unfinished, self.spikes) = (unfinished, spikes);
         if step >= self.plan.steps {
-            self.reporter.note(&format!("note: all {} steps are done; ask for more with -n", self.plan.steps))?;
+            let force = match self.plan.schedule {
+                Schedule::Constant => "",
+                _ => " (and --force, since the learning rate's schedule depends on their number)",
+            };
+            self.reporter
+                .note(&format!("note: all {} steps are done; ask for more with -n{force}", self.plan.steps))?;
         }
         train.seek(Position { batches })
     }
@@ -328,8 +333,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
                 return Ok(());
             };
             self.reporter.validation(&ValRecord { step, val_loss })?;
-            let (first, _) = self.val_loss.unwrap_or((val_loss, val_loss));
-            self.val_loss = Some((first, val_loss));
+            self.val_loss = Some(self.val_loss.map_or((val_loss, None), |(first, _)| (first, Some(val_loss))));
         }
         if self.is_due(Report::Sample, step) && !self.sample(step, interrupt)? {
             self.unfinished = Some(Report::Sample);

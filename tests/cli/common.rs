@@ -67,7 +67,12 @@ impl Place {
 
     /// The program with these words as its arguments, not yet started.
     pub fn command(&self, line: &str) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bandtrain"));
+        self.program(env!("CARGO_BIN_EXE_bandtrain"), line)
+    }
+
+    /// The same of another program.
+    pub fn program(&self, program: &str, line: &str) -> Command {
+        let mut command = Command::new(program);
         command.current_dir(self.folder.path()).args(line.split_whitespace()).stdin(Stdio::null());
         // Vulkan's drivers complain on standard error when they look for a display and this is not set.
         command.env("XDG_RUNTIME_DIR", self.folder.path());

@@ -193,6 +193,26 @@ fn a_full_standard_output_is_a_sentence() {
     place.refuse(place.command("band -w 8 -C 8").stdout(full), "cannot write to standard output");
 }
 
+/// What a process may have can be less than what its machine has free, which is all that can be asked beforehand.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_training_that_runs_out_of_memory_leaves_the_files_of_an_earlier_one() {
+    let place = Place::with_model_and_data();
+    place.write("long.bin", token_file(&[65; 2_000_000]));
+    const REPORTS: &str = "-c out.safetensors --metrics m.jsonl -o log.txt";
+    place.ok(&format!("-e tiny.bin -i train.bin -j val.bin -b 2 -n 2 -m 1 {REPORTS}"));
+    let too_large = "-e tiny.bin -i long.bin -j long.bin -b 100000 -n 2";
+    // The folder of a run is made beforehand, to find out whether it can be written to.
+    fs::create_dir(place.path("run")).unwrap();
+    for outputs in [REPORTS, "-c new.safetensors --metrics new.jsonl -o new.txt", "--run run"] {
+        let program = place.command(&format!("{too_large} {outputs}"));
+        let mut limited = place.program("sh", "-c");
+        limited.arg("ulimit -v 600000 && exec \"$0\" \"$@\"").arg(program.get_program()).args(program.get_args());
+        // Each thread takes some for its stack.
+        place.refuse(limited.env("RAYON_NUM_THREADS", "2"), "out of memory: ");
+    }
+}
+
 #[test]
 fn broken_questions_are_refused() {
     let place = Place::with_model_and_data();

@@ -71,6 +71,7 @@ fn a_finished_run_can_be_prolonged() {
     assert!(fresh.contains("nothing to resume from: there is no m.safetensors yet; starting fresh"), "{fresh}");
     let done = prolonged.ok(&format!("{} --resume", short(10)));
     assert!(done.contains("resuming after step 10") && done.contains("all 10 steps are done"), "{done}");
+    assert!(!done.contains("--force") && !done.contains("done: validation"), "{done}");
     prolonged.ok(&format!("{} --resume", short(20)));
     // The validation and the sample at the end of the shorter run are its own.
     let train = |place: &Place| {
@@ -79,6 +80,22 @@ fn a_finished_run_can_be_prolonged() {
     };
     assert_eq!(train(&prolonged), train(&whole));
     assert_eq!(prolonged.bytes("m.safetensors"), whole.bytes("m.safetensors"));
+}
+
+/// A schedule that ends with the last step is another one when that moves, and whoever is told to ask for more is told so.
+#[test]
+fn a_finished_schedule_is_prolonged_by_force() {
+    let place = Place::with_model_and_data();
+    let run = |steps: usize| short(steps).replace("constant", "wsd");
+    let first = place.ok(&run(4));
+    assert_eq!(first.matches("done: validation loss").count(), 1);
+    assert!(first.lines().any(|line| line.starts_with("done: validation loss ") && line.contains(" -> ")), "{first}");
+    let done = place.ok(&format!("{} --resume", run(4)));
+    assert!(done.contains("all 4 steps are done; ask for more with -n (and --force"), "{done}");
+    place.mistake(&format!("{} --resume", run(6)), "steps was 4 and is now 6");
+    let forced = place.ok(&format!("{} --resume --force", run(6)));
+    // There was but one since the start.
+    assert!(forced.lines().any(|line| line.starts_with("done: validation loss ") && !line.contains("->")), "{forced}");
 }
 
 #[test]

@@ -88,6 +88,19 @@ fn a_run_goes_on_in_its_folder_and_in_no_other_way() {
 }
 
 #[test]
+fn the_folder_stands_for_its_newest_checkpoint() {
+    let place = Place::with_model_and_data();
+    place.ok(&format!("{RUN} -n 5 --run a"));
+    let said = |model: &str| place.ok(&format!("generate -e {model} -n 9 --seed 3"));
+    assert_eq!(said("a"), said("a/model.safetensors"));
+    place.ok("convert -i a -o a-hf --to hf");
+    assert_eq!(said("a-hf"), said("a"));
+    // The moments would be lost with it.
+    place.mistake("convert -i a/model.safetensors -o a --to hf", "a: holds a run, whose model.safetensors would be");
+    place.mistake("convert -i tiny.bin -o tiny.bin --to llmc-bf16", "tiny.bin: is the input and would be overwritten");
+}
+
+#[test]
 fn the_folder_has_its_own_names() {
     let place = Place::with_model_and_data();
     for other in ["-c m.safetensors", "--metrics m.jsonl"] {

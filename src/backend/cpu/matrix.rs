@@ -1,4 +1,6 @@
-//! Products of strided matrices, through the `gemm` crate.
+//! Products of strided matrices, through the `gemm` crates: the one of f32 by itself, since the others take a minute to build.
+
+use gemm_common::Parallelism;
 
 /// A matrix of f32 in borrowed memory: element (r, c) is `data[r * row_stride + c * col_stride]`.
 #[derive(Clone, Copy)]
@@ -78,8 +80,8 @@ pub fn multiply(out: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, into: Into, threads: Th
         return;
     }
     let parallelism = match threads {
-        Threads::All => gemm::Parallelism::Rayon(0),
-        Threads::One => gemm::Parallelism::None,
+        Threads::All => Parallelism::Rayon(0),
+        Threads::One => Parallelism::None,
     };
     let (read_out, alpha) = match into {
         Into::Set => (false, 0.0),
@@ -87,21 +89,22 @@ pub fn multiply(out: MatMut<'_>, a: Mat<'_>, b: Mat<'_>, into: Into, threads: Th
     };
     // SAFETY: the constructors of Mat and MatMut checked that every (row, column) lies inside the borrowed slice, the
     // shapes match, and `out` is borrowed mutably, so it overlaps neither `a` nor `b`.
+    // Transposed, since the kernels want contiguous columns, which is what the rows of `out` are then.
     unsafe {
-        gemm::gemm(
-            out.rows,
+        gemm_f32::gemm::f32::get_gemm_fn()(
             out.cols,
+            out.rows,
             a.cols,
             out.data.as_mut_ptr(),
-            1,
             out.row_stride as isize,
+            1,
             read_out,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
             b.data.as_ptr(),
-            b.col_stride as isize,
             b.row_stride as isize,
+            b.col_stride as isize,
+            a.data.as_ptr(),
+            a.row_stride as isize,
+            a.col_stride as isize,
             alpha,
             1.0,
             false,
