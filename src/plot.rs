@@ -30,18 +30,25 @@ const ABSURD: f64 = 1e30;
 const LOG_FROM: f64 = 5.0;
 
 /// A quantity over the steps. A step that a file tells twice, as after a resume, counts as told last.
-type Curve = BTreeMap<u64, f64>;
+pub type Curve = BTreeMap<u64, f64>;
 
 /// The curves of one metrics file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Run {
     /// What the legend calls it.
     pub name: String,
-    train_loss: Curve,
-    val_loss: Curve,
-    lr: Curve,
-    tok_per_s: Curve,
-    grad_norm: Curve,
+    /// Mean loss of each step's batch.
+    pub train_loss: Curve,
+    /// Mean loss on the validation data.
+    pub val_loss: Curve,
+    /// The learning rate.
+    pub lr: Curve,
+    /// Tokens per second.
+    pub tok_per_s: Curve,
+    /// Gradient norm before clipping.
+    pub grad_norm: Curve,
+    /// Milliseconds that each step took.
+    pub step_ms: Curve,
 }
 
 /// One line of a metrics file; null stands for a number that was not finite.
@@ -53,6 +60,7 @@ struct Line {
     lr: Option<f64>,
     tok_per_s: Option<f64>,
     grad_norm: Option<f64>,
+    step_ms: Option<f64>,
 }
 
 impl Run {
@@ -81,8 +89,9 @@ impl Run {
     }
 
     fn add(&mut self, line: &Line) {
-        let values = [line.train_loss, line.val_loss, line.lr, line.tok_per_s, line.grad_norm];
-        let curves = [&mut self.train_loss, &mut self.val_loss, &mut self.lr, &mut self.tok_per_s, &mut self.grad_norm];
+        let Self { name: _, train_loss, val_loss, lr, tok_per_s, grad_norm, step_ms } = self;
+        let values = [line.train_loss, line.val_loss, line.lr, line.tok_per_s, line.grad_norm, line.step_ms];
+        let curves = [train_loss, val_loss, lr, tok_per_s, grad_norm, step_ms];
         for (curve, value) in curves.into_iter().zip(values) {
             if let Some(value) = value.filter(|value| value.abs() < ABSURD) {
                 curve.insert(line.step, value);

@@ -240,12 +240,17 @@ impl ParamTable {
 
     /// Weights that exist: exact band counts, no padding of any kind.
     pub fn count(&self, config: &GptConfig) -> usize {
+        Param::ALL.into_iter().map(|param| self.weights(config, param)).sum()
+    }
+
+    /// Weights that exist in all layers' tensors of a kind.
+    pub fn weights(&self, config: &GptConfig, kind: Param) -> usize {
         let size = |tensor: &Tensor| match (tensor.param, self.band(tensor.param)) {
             (_, Some((band, _))) => band.count(),
             (Param::Wte, None) => config.vocab_size * config.channels,
             (param, None) => param.shape(config).0 * param.shape(config).1,
         };
-        self.tensors.iter().map(size).sum()
+        self.tensors.iter().filter(|tensor| tensor.param == kind).map(size).sum()
     }
 }
 

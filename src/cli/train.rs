@@ -66,8 +66,41 @@ impl Task for TrainOptions {
     type Output = ();
 
     fn run<B: Backend>(self, backend: B) -> Result<()> {
-        resolve(self, &backend)?.train(backend)
+        let show = match (self.quiet, self.dashboard) {
+            (true, _) => Show::Nothing,
+            (false, true) => Show::Dashboard,
+            (false, false) => Show::Lines,
+        };
+        train(self, backend, show).map(|_| ())
     }
+}
+
+/// What a training was, for who compares several.
+pub(super) struct Trained {
+    /// Steps it did.
+    pub steps: u64,
+    /// Tokens of one step.
+    pub step_tokens: u64,
+    /// Bytes of device memory that it was estimated to take.
+    pub memory_bytes: usize,
+}
+
+/// Trains on `backend` as the options say.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn train<B: Backend>(options: TrainOptions, backend: B, show: Show) -> Result<Trained> {
+    resolve(options, &backend)?.train(backend, show)
+}
+
+/// Names the data and the preset that options without a model mean, and returns the preset.
+///
+/// # Errors
+/// [`Error::Usage`] for an unknown preset.
+pub(super) fn name_preset(options: &mut TrainOptions) -> Result<Preset> {
+    let source = name_source(options);
+    let fallback = if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" };
+    preset(options.preset.get_or_insert_with(|| fallback.to_string()))
 }
 
 /// Where the training data comes from.
@@ -76,18 +109,23 @@ enum Source {
     Toy,
 }
 
-/// Fills in what the options leave open, opens everything they name, and makes sure that everything can be written.
-fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainConfig> {
-    let source = match &options.train_data {
+/// Names the data that options without any mean.
+fn name_source(options: &mut TrainOptions) -> Source {
+    match &options.train_data {
         Some(files) => Source::Files(files.clone()),
         None if Path::new(DEFAULT_TRAIN_DATA).exists() => {
             options.val_data.get_or_insert_with(|| DEFAULT_VAL_DATA.to_string());
             Source::Files(options.train_data.insert(DEFAULT_TRAIN_DATA.to_string()).clone())
         }
         None => Source::Toy,
-    };
+    }
+}
+
+/// Fills in what the options leave open, opens everything they name, and makes sure that everything can be written.
+fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainConfig> {
+    let source = name_source(&mut options);
     let mut notes = Vec::new();
-    let start = start(&mut options, &source)?;
+    let start = start(&mut options)?;
     let (config, name) = (start.config, start.name.clone());
     let seed = *options.seed.get_or_insert(42);
     let outputs = Outputs::new(&mut options, &name)?;
@@ -173,7 +211,7 @@ impl Start {
 }
 
 /// Finds the model that the options name, and its bandwidths.
-fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
+fn start(options: &mut TrainOptions) -> Result<Start> {
     let (name, defaults, model, loaded) = match &options.init {
         Some(path) => {
             let weights = checkpoint::load(path)?.weights;
@@ -183,10 +221,8 @@ fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
             (name, preset(like)?, model, Some(weights))
         }
         None => {
-            let fallback = if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" };
-            let name = options.preset.get_or_insert_with(|| fallback.to_string()).clone();
-            let defaults = preset(&name)?;
-            (name, defaults, defaults.model, None)
+            let defaults = name_preset(options)?;
+            (defaults.name.to_string(), defaults, defaults.model, None)
         }
     };
     let dense = options.dense == Some(true);
@@ -248,15 +284,10 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outpu
 }
 
 impl TrainConfig {
-    fn train<B: Backend>(mut self, backend: B) -> Result<()> {
+    fn train<B: Backend>(mut self, backend: B, show: Show) -> Result<Trained> {
         let plan = &self.plan;
         let why = self.options.device().chosen().1.map(|why| format!(" ({why})")).unwrap_or_default();
         let device = format!("{}, {}{why}", backend.description(), backend.arithmetic().name());
-        let show = match (self.options.quiet, self.options.dashboard) {
-            (true, _) => Show::Nothing,
-            (false, true) => Show::Dashboard,
-            (false, false) => Show::Lines,
-        };
         let after = self.progress.as_ref().map(|progress| progress.step);
         let interrupt = interrupt::listen()?;
         let mut reporter = Reporter::new(plan.steps, show, &device, &self.outputs.reports, after)?;
@@ -264,6 +295,7 @@ impl TrainConfig {
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
         }
+        let estimate = MemoryEstimate::new(&backend, self.weights.config(), plan.batch_size, plan.seq_len)?;
         let mut model = Model::new(backend, &self.weights)?;
         // From here on the weights live on the device.
         drop(self.weights);
@@ -285,7 +317,11 @@ impl TrainConfig {
         if let Some((first, last)) = summary.val_loss {
             reporter.note(&format!("done: validation loss {} -> {}", loss(first), loss(last)))?;
         }
-        self.outputs.advice().iter().try_for_each(|line| reporter.note(line))
+        if show != Show::Brief {
+            self.outputs.advice().iter().try_for_each(|line| reporter.note(line))?;
+        }
+        let step_tokens = (plan.batch_size * plan.seq_len * plan.grad_accum) as u64;
+        Ok(Trained { steps: plan.steps, step_tokens, memory_bytes: estimate.total() })
     }
 }
 

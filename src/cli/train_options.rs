@@ -8,6 +8,7 @@ use crate::every::Every;
 use crate::optim::{Recipe, Schedule};
 use crate::output::shortened;
 use clap::builder::NonEmptyStringValueParser;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -244,7 +245,7 @@ macro_rules! fill {
 
 impl TrainOptions {
     /// These options, with what they leave open taken from others.
-    fn or(mut self, others: TrainOptions) -> TrainOptions {
+    pub(super) fn or(mut self, others: TrainOptions) -> TrainOptions {
         // A model named here replaces the other's, whichever way that one is named.
         if self.init.is_none() && self.preset.is_none() {
             fill!(self, others: init preset);
@@ -287,20 +288,14 @@ impl TrainOptions {
     pub(super) fn with_file(self) -> Result<TrainOptions> {
         let Some(path) = self.config.clone() else { return Ok(self) };
         let text = read_text(&path)?;
-        let file: TrainOptions = toml::from_str(&text).map_err(|error| {
-            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            // The list of what it might be is longer than a sentence.
-            let what = error.message().split(", expected one of").next().unwrap_or_default();
-            let what = shortened(what, MOST_CITED);
-            let advice = "options go by their long names, as in steps = 300, and --help lists them";
-            Error::file(&path, format!("line {line}: {what}; {advice}"))
-        })?;
+        let advice = "options go by their long names, as in steps = 300, and --help lists them";
+        let file: TrainOptions = parse_toml(&path, &text, advice)?;
         file.check(&path)?;
         Ok(self.or(file))
     }
 
     /// Holds values from a file to what the command line accepts.
-    fn check(&self, path: &Path) -> Result<()> {
+    pub(super) fn check(&self, path: &Path) -> Result<()> {
         let command = <TrainOptions as clap::Args>::augment_args(clap::Command::new("file").no_binary_name(true));
         let table = toml::Value::try_from(self).map_err(|error| Error::file(path, error.to_string()))?;
         let values = table.as_table().into_iter().flatten().filter(|(_, value)| !value.is_bool());
@@ -318,8 +313,24 @@ impl TrainOptions {
 /// Characters of a complaint about a file of options, which cites keys and values: more than any sensible one has.
 const MOST_CITED: usize = 300;
 
+/// What a file of options says.
+///
+/// # Errors
+/// [`Error::File`] naming the line that is none, with this advice.
+pub(super) fn parse_toml<T: DeserializeOwned>(path: &Path, text: &str, advice: &str) -> Result<T> {
+    toml::from_str(text).map_err(|error| {
+        let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+        // The list of what it might be is longer than a sentence.
+        let what = error.message().split(", expected one of").next().unwrap_or_default();
+        Error::file(path, format!("line {line}: {}; {advice}", shortened(what, MOST_CITED)))
+    })
+}
+
 /// The text of a file of options.
-fn read_text(path: &Path) -> Result<String> {
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] when it is too long or no text.
+pub(super) fn read_text(path: &Path) -> Result<String> {
     const MOST_BYTES: u64 = 1 << 20;
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io("open", path))?;

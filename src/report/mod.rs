@@ -68,6 +68,8 @@ pub enum Show {
     Nothing,
     /// A live line on a terminal, a line for each step in a pipe.
     Lines,
+    /// As lines, but in a pipe without one for each step, and nowhere the samples: one run among many.
+    Brief,
     /// The whole terminal.
     Dashboard,
 }
@@ -89,6 +91,7 @@ pub struct ReportFiles {
 enum Screen {
     Nothing,
     Lines,
+    Notes,
     Bar(ProgressBar),
     Dashboard(Dashboard),
 }
@@ -98,13 +101,14 @@ impl Screen {
         Ok(match show {
             Show::Nothing => Screen::Nothing,
             Show::Dashboard => Screen::Dashboard(Dashboard::start(steps, device)?),
-            Show::Lines if std::io::stdout().is_terminal() && std::io::stderr().is_terminal() => {
+            Show::Lines | Show::Brief if std::io::stdout().is_terminal() && std::io::stderr().is_terminal() => {
                 let bar = ProgressBar::new(steps);
                 let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} ETA {eta}");
                 bar.set_style(style.expect("the template is well formed"));
                 Screen::Bar(bar)
             }
             Show::Lines => Screen::Lines,
+            Show::Brief => Screen::Notes,
         })
     }
 }
@@ -112,6 +116,7 @@ impl Screen {
 /// Sends what happens to everyone who asked for it.
 pub struct Reporter {
     steps: u64,
+    brief: bool,
     screen: Screen,
     metrics: Option<LineFile>,
     log: Option<LineFile>,
@@ -135,6 +140,7 @@ impl Reporter {
         let events = files.events.as_deref().map(|folder| EventFile::create(folder, after.unwrap_or(0)));
         Ok(Self {
             steps,
+            brief: show == Show::Brief,
             metrics: open(&files.metrics, step_of_record).transpose()?,
             log: open(&files.log, step_of_log).transpose()?,
             samples: open(&files.samples, step_of_record).transpose()?,
@@ -163,7 +169,7 @@ impl Reporter {
         }
         let rate = grouped(*tok_per_s as usize);
         match &self.screen {
-            Screen::Nothing => {}
+            Screen::Nothing | Screen::Notes => {}
             Screen::Dashboard(dashboard) => dashboard.step(record),
             Screen::Bar(bar) => {
                 bar.set_position(*step);
@@ -223,7 +229,10 @@ impl Reporter {
         if let Screen::Dashboard(dashboard) = &self.screen {
             dashboard.sample(record);
         }
-        self.note(&format!("step {step}/{} | sample: {}", self.steps, sample.replace('\n', "\n    ")))
+        match self.brief {
+            true => Ok(()),
+            false => self.note(&format!("step {step}/{} | sample: {}", self.steps, sample.replace('\n', "\n    "))),
+        }
     }
 
     /// A line for the user, above the live line.
@@ -233,7 +242,7 @@ impl Reporter {
     pub fn note(&mut self, text: &str) -> Result<()> {
         match &self.screen {
             Screen::Nothing => Ok(()),
-            Screen::Lines => say!("{text}"),
+            Screen::Lines | Screen::Notes => say!("{text}"),
             Screen::Bar(bar) => bar.suspend(|| say!("{text}")),
             Screen::Dashboard(dashboard) => {
                 dashboard.note(text);
@@ -249,7 +258,7 @@ impl Reporter {
     pub fn finish(&mut self) -> Result<()> {
         let plain = if matches!(self.screen, Screen::Nothing) { Screen::Nothing } else { Screen::Lines };
         match std::mem::replace(&mut self.screen, plain) {
-            Screen::Nothing | Screen::Lines => {}
+            Screen::Nothing | Screen::Lines | Screen::Notes => {}
             Screen::Bar(bar) => bar.finish_and_clear(),
             Screen::Dashboard(dashboard) => dashboard.close()?,
         }

@@ -13,4 +13,5 @@ mod run_folder;
 #[path = "../skip/mod.rs"]
 mod skip;
 mod spikes;
+mod sweep;
 mod training;
