@@ -29,6 +29,7 @@
 pub mod atomic;
 pub mod backend;
 pub mod band;
+pub mod bandwidths;
 pub mod bench;
 pub(crate) mod cache;
 pub mod checkpoint;

@@ -27,7 +27,7 @@ const SCALE: f32 = 2.0;
 /// Values beyond are not drawn: no honest measurement, and their differences would overflow.
 const ABSURD: f64 = 1e30;
 /// A chart whose largest value is this many times its smallest has a logarithmic axis, where that makes sense.
-const LOG_FROM: f64 = 5.0;
+pub(crate) const LOG_FROM: f64 = 5.0;
 
 /// A quantity over the steps. A step that a file tells twice, as after a resume, counts as told last.
 pub type Curve = BTreeMap<u64, f64>;
@@ -344,14 +344,14 @@ fn thinned(points: impl Iterator<Item = (f64, f64)>) -> Vec<(f64, f64)> {
 }
 
 /// An axis from a smallest to a largest value, linear or logarithmic.
-struct Axis {
+pub(crate) struct Axis {
     low: f64,
     high: f64,
     log: bool,
 }
 
 impl Axis {
-    fn new(low: f64, high: f64, log: bool) -> Axis {
+    pub(crate) fn new(low: f64, high: f64, log: bool) -> Axis {
         if log {
             return Axis { low: low / 1.1, high: high * 1.1, log };
         }
@@ -363,7 +363,7 @@ impl Axis {
     }
 
     /// Where `value` lies in `room`, whose start belongs to the smallest value.
-    fn place(&self, value: f64, room: &Range<f64>) -> f64 {
+    pub(crate) fn place(&self, value: f64, room: &Range<f64>) -> f64 {
         let share = match self.log {
             true => (value / self.low).ln() / (self.high / self.low).ln(),
             false => (value - self.low) / (self.high - self.low),
@@ -372,7 +372,7 @@ impl Axis {
     }
 
     /// Round values on the axis with their labels.
-    fn ticks(&self) -> Vec<(f64, String)> {
+    pub(crate) fn ticks(&self) -> Vec<(f64, String)> {
         if self.log {
             return self.log_ticks();
         }

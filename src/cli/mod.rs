@@ -13,6 +13,7 @@ mod outputs;
 mod parity;
 mod parse;
 mod plot;
+mod report;
 mod resume;
 mod sweep;
 mod sweep_file;
@@ -60,6 +61,7 @@ enum Command {
     Info(info::InfoArgs),
     Plot(plot::PlotArgs),
     Sweep(sweep::SweepArgs),
+    Report(report::ReportArgs),
 }
 
 /// Parses and runs a command line, the program's name first.
@@ -90,6 +92,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Some(Command::Info(args)) => info::run(args),
         Some(Command::Plot(args)) => plot::run(args),
         Some(Command::Sweep(args)) => sweep::run(args),
+        Some(Command::Report(args)) => report::run(args),
     }
 }
 

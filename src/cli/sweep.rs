@@ -18,7 +18,7 @@ use crate::interrupt;
 use crate::output::{self, grouped, loss};
 use crate::report::{LineFile, Show};
 use crate::say;
-use crate::sweep::{Energy, Facts, Measured, Outcome, Results, Row, Status};
+use crate::sweep::{self, Energy, Facts, Measured, Outcome, PAGE_FILE, Results, Row, Status};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
@@ -37,16 +37,16 @@ The file:
   preset = \"tinystories-51m\"
   steps = 1000
   [[grid]]                        # each grid is the product of its lists
-  pattern = [\"dense\", \"band\"]
-  bandwidth = [1024, 512, 256]    # or density = [0.438, 0.235]
+  pattern = [\"dense\", \"band\", \"small-dense\"]   # the last: a narrower MLP with as many weights as the band
+  bandwidth = [1024, 512, 256]    # or density = [0.438, 0.235]; over the depth \"1024..256\" or \"1024,512,256,256\"
   layers = [\"fc1\", \"fc2\", \"both\"]
   learning-rate = [3e-4]          # without it, training's own
   seed = [1, 2, 3]                # without it, 42
 
 The same command goes on after whatever stopped it: a run that is over is not done again, and one that was begun
 goes on from its checkpoint (checkpoint-every = \"10m\" under [train] makes some) or starts again.
-The folder holds results.csv (the runs), summary.csv (over the seeds), results.json (both), and runs/NAME, a folder
-for each run, as --run makes it: 'bandtrain plot' and 'bandtrain generate' take it.";
+The folder holds results.csv (the runs), summary.csv (over the seeds), results.json (both), report.html (a page that needs
+nothing else; 'bandtrain report' makes it again), and runs/NAME, a folder for each run, as --run makes it: 'bandtrain plot' and 'bandtrain generate' take it.";
 
 /// Trains a grid of models one after another and compares them
 #[derive(clap::Args)]
@@ -144,6 +144,7 @@ impl Sweep {
             let options = TrainOptions {
                 fc1_bandwidth: Some(config.fc1_bandwidth),
                 fc2_bandwidth: Some(config.fc2_bandwidth),
+                mlp_width: config.mlp_width,
                 learning_rate: Some(learning_rate),
                 seed: Some(point.seed),
                 run: Some(folder.clone()),
@@ -244,16 +245,19 @@ impl Sweep {
             let outcome = train_one(&self.runs[index])?;
             outcome.write(&self.runs[index].folder)?;
             self.runs[index].outcome = Some(outcome);
-            self.results().write(&self.folder)?;
+            self.report()?;
             self.clear_checkpoints()?;
             self.tell(index, &due[number + 1..todo])?;
         }
         self.clear_checkpoints()?;
-        let results = self.results();
-        results.write(&self.folder)?;
+        let results = self.report()?;
         say!("")?;
         print_table(&results)?;
-        say!("\nresults: {}", self.folder.join("results.csv").display())?;
+        say!(
+            "\nresults: {}, to be read as {}",
+            self.folder.join("results.csv").display(),
+            self.folder.join(PAGE_FILE).display()
+        )?;
         let failed: Vec<&str> = results.with(Status::Failed).map(|row| row.facts.name.as_str()).collect();
         match failed.as_slice() {
             [] => Ok(()),
@@ -266,6 +270,14 @@ impl Sweep {
         }
     }
 
+    /// Writes the tables and the page as they are now.
+    fn report(&self) -> Result<Results> {
+        let results = self.results();
+        results.write(&self.folder)?;
+        sweep::write_page(&results, &self.folder, &self.folder.join(PAGE_FILE))?;
+        Ok(results)
+    }
+
     fn results(&self) -> Results {
         let runs = self.runs.iter().map(Planned::row).collect();
         Results { name: self.name.clone(), settings: self.settings.clone(), runs }
@@ -276,7 +288,8 @@ impl Sweep {
         let run = &self.runs[index];
         match &run.outcome {
             Some(Outcome::Done(measured)) => {
-                let joules = measured.energy.joules.map(|joules| format!(", {}", energy(joules))).unwrap_or_default();
+                let joules =
+                    measured.energy.joules.map(|joules| format!(", {}", output::joules(joules))).unwrap_or_default();
                 let left = match self.estimate(left) {
                     Some(time) if !left.is_empty() => format!("; about {} left", rounded(time)),
                     _ => String::new(),
@@ -530,15 +543,10 @@ fn print_table(results: &Results) -> Result<()> {
             format!("{}/{}", group.done, group.runs),
             group.tok_per_s.map_or_else(none, |rate| grouped(rate as usize)),
             group.seconds.map_or_else(none, |seconds| format!("{seconds:.1}")),
-            group.joules.map_or_else(none, energy)
+            group.joules.map_or_else(none, output::joules)
         )?;
     }
     Ok(())
-}
-
-/// Joules in the unit that suits them.
-fn energy(joules: f64) -> String {
-    if joules < 1e3 { format!("{joules:.0} J") } else { format!("{:.1} kJ", joules / 1e3) }
 }
 
 /// A time without its fractions of a second.

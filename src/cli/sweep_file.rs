@@ -12,10 +12,11 @@ use serde::de::DeserializeOwned;
 use std::path::Path;
 
 /// Options that a sweep decides, with what decides them.
-const DECIDED: [(&str, &str); 11] = [
+const DECIDED: [(&str, &str); 12] = [
     ("init", "every run starts from fresh weights"),
     ("fc1-bandwidth", "list it as bandwidth under [[grid]]"),
     ("fc2-bandwidth", "list it as bandwidth under [[grid]]"),
+    ("mlp-width", "list \"small-dense\" as a pattern under [[grid]]"),
     ("dense", "list \"dense\" as a pattern under [[grid]]"),
     ("seed", "list it under [[grid]]"),
     ("run", "every run has a folder of its own under --output"),

@@ -2,6 +2,7 @@
 
 use super::device::{BackendName, DeviceArgs, Precision};
 use super::parse;
+use crate::bandwidths::Bandwidths;
 use crate::data::Shuffle;
 use crate::error::{Error, Result};
 use crate::every::Every;
@@ -51,16 +52,25 @@ pub struct TrainOptions {
     #[arg(long, value_name = "NAME", help_heading = "Model", conflicts_with = "init")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) preset: Option<String>,
-    /// Bandwidth of FC1, 0 is dense [default: the preset's or the model's; also -1]
-    #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
+    /// Bandwidth of FC1, 0 is dense; by block a ramp 1024..256 or a list 1024,512,0 [default: the preset's or the model's;
+    /// also -1]
+    #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) fc1_bandwidth: Option<usize>,
-    /// Bandwidth of FC2, 0 is dense [default: the preset's or the model's]
-    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
+    pub(super) fc1_bandwidth: Option<Bandwidths>,
+    /// Bandwidth of FC2, likewise [default: the preset's or the model's]
+    #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) fc2_bandwidth: Option<usize>,
+    pub(super) fc2_bandwidth: Option<Bandwidths>,
+    /// Width of the MLP [default: 4C, or the model's]
+    #[arg(long, value_parser = parse::positive, value_name = "N", help_heading = "Model", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) mlp_width: Option<usize>,
+    /// Multiply the fresh weights of banded layers by sqrt(dense / kept connections)
+    #[arg(long, help_heading = "Model", conflicts_with = "init")]
+    #[serde(skip_serializing_if = "is_false")]
+    pub(super) rescale_init: bool,
     /// 1: FC1 and FC2 dense, whatever the bandwidths
     #[arg(long, short = 'd', value_parser = parse::switch, value_name = "0|1", help_heading = "Model", num_args = 0..=1,
           default_missing_value = "1")]
@@ -264,10 +274,11 @@ impl TrainOptions {
             }
             fill!(self, others: checkpoint metrics);
         }
-        fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
+        fill!(self, others: fc1_bandwidth fc2_bandwidth mlp_width train_data val_data shuffle steps batch_size seq_len grad_accum
             learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log
             checkpoint_every keep milestone_every skip_loss_zscore skip_grad_zscore backend adapter precision);
         self.quiet |= others.quiet;
+        self.rescale_init |= others.rescale_init;
         self.resume |= others.resume;
         self
     }

@@ -1,14 +1,20 @@
 //! What a sweep varies: patterns of the MLP's connections, how many are kept, in which layers, learning rates and seeds.
 
 use crate::band::Band;
+use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
+use crate::shapes::{Param, ParamTable};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt;
 
 /// No grid is larger: an honest one is far below, a slip of the keyboard far above.
 const MOST_RUNS: usize = 10_000;
+/// Characters of a bandwidth in a run's name.
+const MOST_IN_NAME: usize = 60;
+/// Narrower MLPs have a multiple of this width where the model's channels have, for the sake of tensor cores.
+const WIDTH_ALIGN: usize = 8;
 
 /// Which connections an MLP keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -18,6 +24,8 @@ pub enum Pattern {
     Dense,
     /// A diagonal band ([`Band`]).
     Band,
+    /// All of a narrower MLP's, whose weights are as many as those of the band of this amount in these layers.
+    SmallDense,
 }
 
 impl Pattern {
@@ -26,6 +34,7 @@ impl Pattern {
         match self {
             Pattern::Dense => "dense",
             Pattern::Band => "band",
+            Pattern::SmallDense => "small-dense",
         }
     }
 
@@ -70,8 +79,8 @@ impl Layers {
 /// How much of a layer is kept.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Amount {
-    /// A bandwidth in wide elements.
-    Bandwidth(usize),
+    /// Bandwidths in wide elements.
+    Bandwidth(Bandwidths),
     /// A share of the connections, above 0 and below 1: the bandwidth that comes nearest to it.
     Density(f64),
 }
@@ -79,7 +88,14 @@ pub enum Amount {
 impl fmt::Display for Amount {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Amount::Bandwidth(bandwidth) => write!(f, "{bandwidth}"),
+            Amount::Bandwidth(bandwidths) => {
+                let text = bandwidths.to_string();
+                // A folder's name has an end; a long list goes by its checksum.
+                match text.len() > MOST_IN_NAME {
+                    true => write!(f, "list-{:08x}", crc32c::crc32c(text.as_bytes())),
+                    false => f.write_str(&text),
+                }
+            }
             Amount::Density(density) => write!(f, "density{density}"),
         }
     }
@@ -91,8 +107,8 @@ impl fmt::Display for Amount {
 pub struct Grid {
     /// Patterns; at least one.
     pub pattern: Vec<Pattern>,
-    /// Bandwidths of the patterns that are cut. Either these or densities.
-    pub bandwidth: Vec<usize>,
+    /// Bandwidths of the patterns that are cut: numbers, ramps or lists over the depth. Either these or densities.
+    pub bandwidth: Vec<Bandwidths>,
     /// Densities of the patterns that are cut.
     pub density: Vec<f64>,
     /// The layers that are cut.
@@ -175,7 +191,7 @@ impl Grid {
         if !cut && (amounts.iter().any(|(_, len)| *len > 0) || !self.layers.is_empty()) {
             return Err("it cuts nothing, so that bandwidth, density and layers mean nothing; leave them out".into());
         }
-        if self.bandwidth.contains(&0) {
+        if self.bandwidth.iter().any(|bandwidths| bandwidths.is_dense()) {
             return Err("bandwidth holds 0, which means dense; list \"dense\" under pattern instead".into());
         }
         if let Some(density) = self.density.iter().find(|density| !(**density > 0.0 && **density < 1.0)) {
@@ -194,7 +210,7 @@ impl Grid {
         let texts = |values: &[f64]| values.iter().map(f64::to_string).collect();
         let lists: [(&str, Vec<String>); 6] = [
             ("pattern", self.pattern.iter().map(|pattern| pattern.name().to_string()).collect()),
-            ("bandwidth", self.bandwidth.iter().map(usize::to_string).collect()),
+            ("bandwidth", self.bandwidth.iter().map(Bandwidths::to_string).collect()),
             ("density", texts(&self.density)),
             ("layers", self.layers.iter().map(|layers| layers.name().to_string()).collect()),
             ("learning-rate", texts(&self.learning_rate)),
@@ -233,23 +249,86 @@ impl Point {
     /// # Errors
     /// [`Error::Usage`] when the pattern does not fit the sizes.
     pub fn config(&self, dense: &GptConfig) -> Result<GptConfig> {
-        let dense = GptConfig { fc1_bandwidth: 0, fc2_bandwidth: 0, ..*dense };
+        let dense = GptConfig { fc1_bandwidth: Bandwidths::DENSE, fc2_bandwidth: Bandwidths::DENSE, ..*dense };
         let Some((layers, amount)) = &self.cut else { return Ok(dense) };
         let (narrow, wide) = (dense.channels, dense.mlp_width());
-        let bandwidth = match *amount {
-            Amount::Bandwidth(bandwidth) => bandwidth,
-            Amount::Density(density) => Band::bandwidth_of_density(narrow, wide, density)?,
+        let bandwidths = match *amount {
+            Amount::Bandwidth(bandwidths) => bandwidths,
+            Amount::Density(density) => Band::bandwidth_of_density(narrow, wide, density)?.into(),
         };
-        if Band::new(narrow, wide, bandwidth)?.cuts_nothing() {
+        let (fc1_bandwidth, fc2_bandwidth) = layers.of(bandwidths, Bandwidths::DENSE);
+        let banded = GptConfig { fc1_bandwidth, fc2_bandwidth, ..dense };
+        let (kept, all) = (mlp_weights(&banded)?, mlp_weights(&dense)?);
+        if kept == all {
             return Err(Error::usage(format!(
-                "bandwidth {bandwidth} cuts nothing of a layer of {narrow} x {wide}; choose one below {} or the pattern dense",
+                "bandwidth {bandwidths} cuts nothing of a layer of {narrow} x {wide}; choose one below {} or the pattern dense",
                 2 * wide
             )));
         }
-        let (fc1_bandwidth, fc2_bandwidth) = layers.of(bandwidth, 0);
         match self.pattern {
             Pattern::Dense => Ok(dense),
-            Pattern::Band => Ok(GptConfig { fc1_bandwidth, fc2_bandwidth, ..dense }),
+            Pattern::Band => Ok(banded),
+            Pattern::SmallDense => Ok(dense.with_mlp_width(width_of(&dense, kept))),
         }
+    }
+}
+
+/// Weights of FC1 and FC2 in all layers.
+fn mlp_weights(config: &GptConfig) -> Result<usize> {
+    let table = ParamTable::new(config)?;
+    Ok(table.weights(config, Param::Fcw) + table.weights(config, Param::Fcprojw))
+}
+
+/// The width of the dense MLPs whose weights come nearest to `kept` in all layers.
+fn width_of(dense: &GptConfig, kept: usize) -> usize {
+    let of_width = 2 * dense.channels * dense.num_layers;
+    let step = if dense.channels.is_multiple_of(WIDTH_ALIGN) { WIDTH_ALIGN } else { 1 };
+    let steps = (kept + of_width * step / 2) / (of_width * step);
+    (steps * step).max(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::preset;
+
+    fn points(text: &str) -> Vec<Point> {
+        toml::from_str::<Grid>(text).unwrap().points().unwrap()
+    }
+
+    #[test]
+    fn a_grid_is_the_product_of_its_lists() {
+        let text = "pattern = ['dense', 'band', 'small-dense']\nbandwidth = [1024, '1024..256']\nlayers = ['fc1', 'both']\n\
+                    seed = [1, 2]\nlearning-rate = [3e-4]";
+        let names: Vec<String> = points(text).iter().map(Point::name).collect();
+        assert_eq!(names.len(), 2 * (1 + 4 + 4));
+        assert_eq!([names[0].as_str(), &names[1]], ["dense-lr3e-4-s1", "dense-lr3e-4-s2"]);
+        assert_eq!(names[5], "band-fc1-1024..256-lr3e-4-s2");
+        assert_eq!(names[17], "small-dense-both-1024..256-lr3e-4-s2");
+        let text = format!("pattern = ['band']\nlayers = ['fc2']\nbandwidth = ['{}']", vec!["100"; 64].join(","));
+        assert_eq!(points(&text)[0].name().len(), "band-fc2-list-01234567-s42".len());
+    }
+
+    #[test]
+    fn a_small_dense_mlp_has_as_many_weights_as_the_band() {
+        let model = preset("tinystories-51m").unwrap().model;
+        let text = "pattern = ['band', 'small-dense']\nbandwidth = [1024, 512, 256, '1024..256']\nlayers = ['fc1', 'fc2', 'both']";
+        let points = points(text);
+        let (bands, small) = points.split_at(points.len() / 2);
+        for (band, small) in bands.iter().zip(small) {
+            assert_eq!(band.cut, small.cut);
+            let [band, small] = [band, small].map(|point| point.config(&model).unwrap());
+            let [kept, weights] = [&band, &small].map(|config| mlp_weights(config).unwrap() as f64);
+            assert!((weights / kept - 1.0).abs() < 0.01, "{weights} {kept}");
+            assert_eq!(small.mlp_width() % 8, 0);
+        }
+        assert_eq!(small[0].config(&model).unwrap().mlp_width, Some(1472));
+    }
+
+    #[test]
+    fn a_density_is_kept_as_nearly_as_bandwidths_allow() {
+        let model = preset("tinystories-51m").unwrap().model;
+        let config = points("pattern = ['band']\ndensity = [0.4379]\nlayers = ['fc1']")[0].config(&model).unwrap();
+        assert_eq!((config.fc1_bandwidth, config.fc2_bandwidth), (1024.into(), 0.into()));
     }
 }

@@ -1,7 +1,8 @@
 //! One run of a sweep: what it is, and what came of it.
 
-use super::grid::{Pattern, Point};
+use super::grid::{Layers, Pattern, Point};
 use crate::atomic::AtomicFile;
+use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::output::quoted;
@@ -15,20 +16,24 @@ use std::path::{Path, PathBuf};
 const OUTCOME_FILE: &str = "outcome.json";
 
 /// What a run is, known before it runs.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Facts {
     /// Its name and its folder's.
     pub name: String,
     /// What it has in common with the runs of other seeds.
     pub group: String,
     /// Which connections its MLPs keep.
-    pub pattern: &'static str,
+    pub pattern: Pattern,
     /// The layers that are cut, `None` when dense.
-    pub layers: Option<&'static str>,
-    /// Bandwidth of FC1, 0 is dense.
-    pub fc1_bandwidth: usize,
-    /// Bandwidth of FC2, 0 is dense.
-    pub fc2_bandwidth: usize,
+    pub layers: Option<Layers>,
+    /// Bandwidths of FC1, 0 is dense.
+    pub fc1_bandwidth: Bandwidths,
+    /// Bandwidths of FC2, 0 is dense.
+    pub fc2_bandwidth: Bandwidths,
+    /// C, the model's channels.
+    pub channels: usize,
+    /// L, the model's blocks.
+    pub num_layers: usize,
     /// W, the MLP's width.
     pub mlp_width: usize,
     /// Weights of FC1 that exist, as a share of C x 4C.
@@ -58,14 +63,16 @@ impl Facts {
         let table = ParamTable::new(config)?;
         let weights = |param| table.weights(config, param);
         let (fc1, fc2) = (weights(Param::Fcw), weights(Param::Fcprojw));
-        let whole = (config.num_layers * config.channels * 4 * config.channels) as f64;
+        let whole = (config.num_layers * config.channels * config.full_mlp_width()) as f64;
         Ok(Self {
             name: point.name(),
             group: point.group(),
-            pattern: point.pattern.name(),
-            layers: point.cut.as_ref().map(|(layers, _)| layers.name()),
+            pattern: point.pattern,
+            layers: point.cut.as_ref().map(|(layers, _)| *layers),
             fc1_bandwidth: config.fc1_bandwidth,
             fc2_bandwidth: config.fc2_bandwidth,
+            channels: config.channels,
+            num_layers: config.num_layers,
             mlp_width: config.mlp_width(),
             fc1_density: fc1 as f64 / whole,
             fc2_density: fc2 as f64 / whole,
@@ -76,11 +83,6 @@ impl Facts {
             learning_rate,
             seed: point.seed,
         })
-    }
-
-    /// Whether nothing of its MLPs is cut.
-    pub fn is_dense(&self) -> bool {
-        self.pattern == Pattern::Dense.name()
     }
 }
 

@@ -1,9 +1,11 @@
 //! All runs of a sweep together: a table for each run, one over the seeds, as CSV and JSON.
 
+use super::grid::{Layers, Pattern};
 use super::outcome::{Facts, Measured, Status};
 use crate::atomic::AtomicFile;
 use crate::error::{Error, Result};
-use serde::Serialize;
+use crate::output::quoted;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -15,7 +17,7 @@ const GROUPS_FILE: &str = "summary.csv";
 const JSON_FILE: &str = "results.json";
 
 /// One run.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
     /// What it is.
     #[serde(flatten)]
@@ -67,9 +69,9 @@ pub struct Group {
     /// What they have in common: the first one's facts, its name and its seed aside.
     pub group: String,
     /// Which connections their MLPs keep.
-    pub pattern: &'static str,
+    pub pattern: Pattern,
     /// The layers that are cut.
-    pub layers: Option<&'static str>,
+    pub layers: Option<Layers>,
     /// Weights of the MLPs that exist, as a share of 2 x C x 4C.
     pub mlp_density: f64,
     /// Parameters of the model.
@@ -103,7 +105,7 @@ impl Group {
         };
         Self {
             group: group.clone(),
-            pattern,
+            pattern: *pattern,
             layers: *layers,
             mlp_density: *mlp_density,
             parameters: *parameters,
@@ -121,7 +123,7 @@ impl Group {
 }
 
 /// A sweep's runs with what came of them.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Results {
     /// The sweep's name.
     pub name: String,
@@ -160,6 +162,19 @@ impl Results {
         serde_json::to_string_pretty(&value).map(|text| format!("{text}\n")).map_err(internal)
     }
 
+    /// Reads the `results.json` that [`Results::write`] left in a folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] when it is none.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join(JSON_FILE);
+        let text = std::fs::read(&path).map_err(Error::io("open", &path))?;
+        serde_json::from_slice(&text).map_err(|error| {
+            let what = quoted(&error.to_string());
+            Error::file(&path, format!("is not what a sweep wrote: {what}; name the folder of a sweep"))
+        })
+    }
+
     /// Writes `results.csv` (the runs), `summary.csv` (over the seeds) and `results.json` (both) into a folder.
     ///
     /// # Errors
@@ -192,8 +207,8 @@ fn measured<T: ToString>(row: &Row, value: impl FnOnce(&Measured) -> T) -> Strin
 const RUN_COLUMNS: [Column<Row>; 31] = [
     ("name", |row| row.facts.name.clone()),
     ("group", |row| row.facts.group.clone()),
-    ("pattern", |row| row.facts.pattern.to_string()),
-    ("layers", |row| known(row.facts.layers)),
+    ("pattern", |row| row.facts.pattern.name().to_string()),
+    ("layers", |row| known(row.facts.layers.map(Layers::name))),
     ("fc1_bandwidth", |row| row.facts.fc1_bandwidth.to_string()),
     ("fc2_bandwidth", |row| row.facts.fc2_bandwidth.to_string()),
     ("mlp_width", |row| row.facts.mlp_width.to_string()),
@@ -225,8 +240,8 @@ const RUN_COLUMNS: [Column<Row>; 31] = [
 
 const GROUP_COLUMNS: [Column<Group>; 17] = [
     ("group", |group| group.group.clone()),
-    ("pattern", |group| group.pattern.to_string()),
-    ("layers", |group| known(group.layers)),
+    ("pattern", |group| group.pattern.name().to_string()),
+    ("layers", |group| known(group.layers.map(Layers::name))),
     ("mlp_density", |group| group.mlp_density.to_string()),
     ("parameters", |group| group.parameters.to_string()),
     ("weight_bytes", |group| group.weight_bytes.to_string()),

@@ -8,6 +8,7 @@ mod interrupts;
 mod mistakes;
 mod mistakes_files;
 mod random;
+mod report;
 mod resume;
 mod run_folder;
 #[path = "../skip/mod.rs"]
@@ -15,3 +16,4 @@ mod skip;
 mod spikes;
 mod sweep;
 mod training;
+mod widths;
