@@ -98,6 +98,34 @@ impl Band {
         Ok(Self { narrow, wide, bandwidth, rows, panels })
     }
 
+    /// The bandwidth whose band between `narrow` = N and `wide` = W elements comes nearest to a share of all connections;
+    /// the smaller one of two that are equally near.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a share that does not lie between 0 and 1; as [`Band::new`].
+    pub fn bandwidth_of_density(narrow: usize, wide: usize, density: f64) -> Result<usize> {
+        if !(density > 0.0 && density < 1.0) {
+            return Err(Error::usage(format!("a density lies between 0 and 1, but it is {density}")));
+        }
+        let count = |bandwidth| Band::new(narrow, wide, bandwidth).map(|band| band.count());
+        // Counts grow with the bandwidth, and 2W keeps everything.
+        let least_with = |kept: usize| -> Result<usize> {
+            let (mut below, mut enough) = (0, 2 * wide);
+            while enough - below > 1 {
+                let middle = below + (enough - below) / 2;
+                if count(middle)? < kept { below = middle } else { enough = middle }
+            }
+            Ok(enough)
+        };
+        let asked = density * (narrow * wide) as f64;
+        let enough = least_with(asked.ceil() as usize)?;
+        if enough == 1 {
+            return Ok(1);
+        }
+        let (over, under) = (count(enough)? as f64 - asked, count(enough - 1)?);
+        if over < asked - under as f64 { Ok(enough) } else { least_with(under) }
+    }
+
     /// N, the narrow axis.
     pub fn narrow(&self) -> usize {
         self.narrow
@@ -388,6 +416,18 @@ mod tests {
         for panel in band.panels() {
             assert!(panel.col_start % ALIGN == 0 && panel.cols % ALIGN == 0 && panel.offset % ALIGN == 0);
         }
+    }
+
+    #[test]
+    fn the_bandwidth_of_a_density_is_the_nearest() {
+        let density = |bandwidth| Band::new(24, 96, bandwidth).unwrap().density();
+        for asked in [0.001, 0.1, 0.43787, 0.7, 0.999] {
+            let found = Band::bandwidth_of_density(24, 96, asked).unwrap();
+            let nearest = (1..=192).map(|bandwidth| (density(bandwidth) - asked).abs()).fold(f64::INFINITY, f64::min);
+            assert_eq!((density(found) - asked).abs(), nearest, "{asked}");
+        }
+        assert_eq!(Band::bandwidth_of_density(512, 2048, 0.43787).unwrap(), 1024);
+        assert!(Band::bandwidth_of_density(24, 96, 1.0).is_err() && Band::bandwidth_of_density(24, 96, 0.0).is_err());
     }
 
     #[test]

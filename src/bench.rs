@@ -2,6 +2,7 @@
 
 use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, OpTime, Role, Write};
 use crate::band::Band;
+use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::memory::MemoryEstimate;
@@ -36,9 +37,9 @@ pub struct KernelTime {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StepTime {
     /// FC1's bandwidth, 0 for dense.
-    pub fc1_bandwidth: usize,
+    pub fc1_bandwidth: Bandwidths,
     /// FC2's bandwidth, 0 for dense.
-    pub fc2_bandwidth: usize,
+    pub fc2_bandwidth: Bandwidths,
     /// Median time of one step.
     pub milliseconds: f64,
     /// Tokens trained on per second.

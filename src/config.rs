@@ -1,5 +1,6 @@
 //! The model's sizes, checked once, and the presets.
 
+use crate::bandwidths::Bandwidths;
 use crate::error::{Error, Result};
 use crate::optim::Schedule;
 use serde::{Deserialize, Serialize};
@@ -10,6 +11,7 @@ pub const VOCAB_PADDING: usize = 64;
 /// Sizes no honest model exceeds. They bound what a file's header can make us allocate.
 const MAX_CHANNELS: usize = 1 << 16;
 const MAX_LAYERS: usize = 1 << 10;
+const MAX_MLP_WIDTH: usize = 4 * MAX_CHANNELS;
 const MAX_SEQ_LEN: usize = 1 << 20;
 /// Token files hold 16-bit tokens.
 const MAX_VOCAB: usize = 1 << 16;
@@ -30,16 +32,29 @@ pub struct GptConfig {
     pub vocab_size: usize,
     /// Vp: rows of the token embedding, V padded; the rows from V on are zero.
     pub padded_vocab_size: usize,
-    /// Bandwidth of FC1 (C -> 4C) in outputs; 0 is dense.
-    pub fc1_bandwidth: usize,
-    /// Bandwidth of FC2 (4C -> C) in inputs; 0 is dense.
-    pub fc2_bandwidth: usize,
+    /// W, width of the MLP, where it is not 4C: [`GptConfig::mlp_width`] tells it, [`GptConfig::with_mlp_width`] sets it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mlp_width: Option<usize>,
+    /// Bandwidths of FC1 (C -> W) in outputs; 0 is dense.
+    pub fc1_bandwidth: Bandwidths,
+    /// Bandwidths of FC2 (W -> C) in inputs; 0 is dense.
+    pub fc2_bandwidth: Bandwidths,
 }
 
 impl GptConfig {
-    /// W: width of the MLP, 4C.
+    /// W: width of the MLP, 4C unless it was set.
     pub fn mlp_width(&self) -> usize {
-        4 * self.channels
+        self.mlp_width.unwrap_or(self.full_mlp_width())
+    }
+
+    /// 4C, GPT-2's width of the MLP.
+    pub fn full_mlp_width(&self) -> usize {
+        self.channels.saturating_mul(4)
+    }
+
+    /// The same sizes with an MLP of `width`.
+    pub fn with_mlp_width(self, width: usize) -> Self {
+        Self { mlp_width: (width != self.full_mlp_width()).then_some(width), ..self }
     }
 
     /// HS: channels of one attention head, C / NH.
@@ -62,8 +77,11 @@ impl GptConfig {
         in_range("the number of channels C", channels, MAX_CHANNELS)?;
         in_range("the number of layers L", num_layers, MAX_LAYERS)?;
         in_range("the number of heads NH", num_heads, MAX_CHANNELS)?;
+        in_range("the width of the MLP W", self.mlp_width(), MAX_MLP_WIDTH)?;
         in_range("the longest sequence T", max_seq_len, MAX_SEQ_LEN)?;
         in_range("the vocabulary size V", vocab_size, MAX_VOCAB)?;
+        self.fc1_bandwidth.checked(num_layers)?;
+        self.fc2_bandwidth.checked(num_layers)?;
         if !channels.is_multiple_of(num_heads) {
             return Err(Error::usage(format!(
                 "C = {channels} channels cannot be shared equally by NH = {num_heads} heads; choose NH that divides C"
@@ -115,8 +133,9 @@ const fn gpt(channels: usize, num_layers: usize, num_heads: usize, max_seq_len: 
         max_seq_len,
         vocab_size,
         padded_vocab_size: vocab_size.next_multiple_of(VOCAB_PADDING),
-        fc1_bandwidth: 0,
-        fc2_bandwidth: 0,
+        mlp_width: None,
+        fc1_bandwidth: Bandwidths::DENSE,
+        fc2_bandwidth: Bandwidths::DENSE,
     }
 }
 
@@ -143,7 +162,7 @@ const fn standard(name: &'static str, model: GptConfig, batch_size: usize) -> Pr
 pub const PRESETS: [Preset; 7] = [
     Preset {
         name: "toy",
-        model: GptConfig { fc1_bandwidth: 256, ..gpt(128, 4, 4, 128, BYTES_VOCAB) },
+        model: GptConfig { fc1_bandwidth: Bandwidths::Same(256), ..gpt(128, 4, 4, 128, BYTES_VOCAB) },
         batch_size: 8,
         steps: 600,
         learning_rate: 3e-3,
@@ -196,6 +215,9 @@ mod tests {
             GptConfig { max_seq_len: 0, ..PRESETS[0].model },
             GptConfig { vocab_size: 1 << 20, ..PRESETS[0].model },
             GptConfig { padded_vocab_size: 1, ..PRESETS[0].model },
+            PRESETS[0].model.with_mlp_width(0),
+            PRESETS[0].model.with_mlp_width(1 << 30),
+            GptConfig { fc2_bandwidth: "1,2,3".parse().unwrap(), ..PRESETS[0].model },
         ] {
             assert!(broken.checked().is_err(), "{broken:?}");
         }

@@ -219,7 +219,7 @@ mod tests {
     /// The cache gives what a forward pass over the whole text gives, beyond the model's context too.
     #[test]
     fn the_cache_changes_nothing() {
-        let config = GptConfig { max_seq_len: 12, fc2_bandwidth: 65, ..PRESETS[0].model };
+        let config = GptConfig { max_seq_len: 12, fc2_bandwidth: 65.into(), ..PRESETS[0].model };
         let weights = Weights::init(&config, 3).unwrap();
         let mut model = Model::new(Cpu::new(), &weights).unwrap();
         let mut generator = Generator::new(&mut model).unwrap();

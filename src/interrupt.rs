@@ -12,8 +12,11 @@ static INTERRUPT: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// [`Error::Internal`] when the operating system refuses.
 pub fn listen() -> Result<&'static AtomicBool> {
-    ctrlc::set_handler(interrupt).map_err(|error| Error::Internal(format!("cannot listen to Ctrl-C: {error}")))?;
-    Ok(&INTERRUPT)
+    match ctrlc::set_handler(interrupt) {
+        // A program that trains more than once listens already.
+        Ok(()) | Err(ctrlc::Error::MultipleHandlers) => Ok(&INTERRUPT),
+        Err(error) => Err(Error::Internal(format!("cannot listen to Ctrl-C: {error}"))),
+    }
 }
 
 /// Does what a signal does.

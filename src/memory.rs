@@ -176,7 +176,8 @@ fn advice(largest: usize, tokens: usize) -> String {
 /// The share of a dense layer's elements that a banded tensor stores: (stored, dense) elements of all layers.
 pub fn stored_elements(config: &GptConfig, table: &ParamTable, param: Param) -> (usize, usize) {
     let (rows, cols) = param.shape(config);
-    (config.num_layers * table.span(param, 0).len, config.num_layers * rows * cols)
+    let stored = (0..config.num_layers).map(|layer| table.span(param, layer).len).sum();
+    (stored, config.num_layers * rows * cols)
 }
 
 #[cfg(test)]

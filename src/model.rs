@@ -18,8 +18,8 @@ pub struct Model<B: Backend> {
     config: GptConfig,
     table: ParamTable,
     params: B::Buffer,
-    fc1: Option<B::Table>,
-    fc2: Option<B::Table>,
+    /// The bands' geometry, in the order of [`ParamTable::bands`].
+    bands: Vec<B::Table>,
 }
 
 /// The activations of one batch of B sequences of T tokens, and the gradients of activations where there is a backward
@@ -170,9 +170,8 @@ impl<B: Backend> Model<B> {
             .alloc(Role::Parameters, "parameters", table.len())
             .map_err(|error| error.with_memory_advice("the model itself does not fit, choose a smaller one"))?;
         backend.upload(&mut params, 0, weights.values())?;
-        let fc1 = table.fc1().map(|band| backend.band_table(band)).transpose()?;
-        let fc2 = table.fc2().map(|band| backend.band_table(band)).transpose()?;
-        Ok(Self { backend, config: *weights.config(), table, params, fc1, fc2 })
+        let bands = table.bands().iter().map(|band| backend.band_table(band)).collect::<Result<_>>()?;
+        Ok(Self { backend, config: *weights.config(), table, params, bands })
     }
 
     /// The model's sizes.
@@ -427,7 +426,7 @@ impl<B: Backend> Model<B> {
         let affine = self.affine(Param::Fcw, Param::Fcb, layer);
         let dims = self.linear_dims(Param::Fcw, rows);
         let (out, pre, inp) = (&mut acts.gelu[s], &mut acts.pre_gelu[s], &acts.ln2[s]);
-        match &self.fc1 {
+        match self.table.band_index(Param::Fcw, layer).map(|index| &self.bands[index]) {
             None => self.backend.linear_forward(out, Some(pre), inp, &self.params, affine, dims),
             Some(table) => {
                 let expansion = Expansion::BiasGelu { bias: affine.bias, pre };
@@ -442,7 +441,7 @@ impl<B: Backend> Model<B> {
         let affine = self.affine(Param::Fcprojw, Param::Fcprojb, layer);
         let dims = self.linear_dims(Param::Fcprojw, rows);
         let (out, inp) = (&mut acts.branch, &acts.gelu[s]);
-        match &self.fc2 {
+        match self.table.band_index(Param::Fcprojw, layer).map(|index| &self.bands[index]) {
             None => self.backend.linear_forward(out, None, inp, &self.params, affine, dims),
             Some(table) => {
                 let bias = Some(affine.bias);
@@ -465,7 +464,7 @@ impl<B: Backend> Model<B> {
         let dims = self.linear_dims(Param::Fcprojw, rows);
         let (dinp, dout) = (&mut d.pre_gelu, &d.residual);
         let (inp, pre) = (&acts.gelu[layer], &acts.pre_gelu[layer]);
-        match &self.fc2 {
+        match self.table.band_index(Param::Fcprojw, layer).map(|index| &self.bands[index]) {
             None => {
                 self.backend.linear_backward_weight(grads, affine, dout, inp, dims, write)?;
                 self.backend.linear_backward_input(dinp, dout, &self.params, affine.weight, Some(pre), dims)
@@ -492,7 +491,7 @@ impl<B: Backend> Model<B> {
         let affine = self.affine(Param::Fcw, Param::Fcb, layer);
         let dims = self.linear_dims(Param::Fcw, rows);
         let (dinp, dout, inp) = (&mut d.layernorm, &d.pre_gelu, &acts.ln2[layer]);
-        match &self.fc1 {
+        match self.table.band_index(Param::Fcw, layer).map(|index| &self.bands[index]) {
             None => {
                 self.backend.linear_backward_weight(grads, affine, dout, inp, dims, write)?;
                 self.backend.linear_backward_input(dinp, dout, &self.params, affine.weight, None, dims)

@@ -68,6 +68,11 @@ pub fn bytes(count: usize) -> String {
     format!("{value:.2} GiB")
 }
 
+/// Joules in the unit that suits them.
+pub fn joules(value: f64) -> String {
+    if value < 1e3 { format!("{value:.0} J") } else { format!("{:.1} kJ", value / 1e3) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

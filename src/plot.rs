@@ -27,21 +27,28 @@ const SCALE: f32 = 2.0;
 /// Values beyond are not drawn: no honest measurement, and their differences would overflow.
 const ABSURD: f64 = 1e30;
 /// A chart whose largest value is this many times its smallest has a logarithmic axis, where that makes sense.
-const LOG_FROM: f64 = 5.0;
+pub(crate) const LOG_FROM: f64 = 5.0;
 
 /// A quantity over the steps. A step that a file tells twice, as after a resume, counts as told last.
-type Curve = BTreeMap<u64, f64>;
+pub type Curve = BTreeMap<u64, f64>;
 
 /// The curves of one metrics file.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Run {
     /// What the legend calls it.
     pub name: String,
-    train_loss: Curve,
-    val_loss: Curve,
-    lr: Curve,
-    tok_per_s: Curve,
-    grad_norm: Curve,
+    /// Mean loss of each step's batch.
+    pub train_loss: Curve,
+    /// Mean loss on the validation data.
+    pub val_loss: Curve,
+    /// The learning rate.
+    pub lr: Curve,
+    /// Tokens per second.
+    pub tok_per_s: Curve,
+    /// Gradient norm before clipping.
+    pub grad_norm: Curve,
+    /// Milliseconds that each step took.
+    pub step_ms: Curve,
 }
 
 /// One line of a metrics file; null stands for a number that was not finite.
@@ -53,6 +60,7 @@ struct Line {
     lr: Option<f64>,
     tok_per_s: Option<f64>,
     grad_norm: Option<f64>,
+    step_ms: Option<f64>,
 }
 
 impl Run {
@@ -81,8 +89,9 @@ impl Run {
     }
 
     fn add(&mut self, line: &Line) {
-        let values = [line.train_loss, line.val_loss, line.lr, line.tok_per_s, line.grad_norm];
-        let curves = [&mut self.train_loss, &mut self.val_loss, &mut self.lr, &mut self.tok_per_s, &mut self.grad_norm];
+        let Self { name: _, train_loss, val_loss, lr, tok_per_s, grad_norm, step_ms } = self;
+        let values = [line.train_loss, line.val_loss, line.lr, line.tok_per_s, line.grad_norm, line.step_ms];
+        let curves = [train_loss, val_loss, lr, tok_per_s, grad_norm, step_ms];
         for (curve, value) in curves.into_iter().zip(values) {
             if let Some(value) = value.filter(|value| value.abs() < ABSURD) {
                 curve.insert(line.step, value);
@@ -335,14 +344,14 @@ fn thinned(points: impl Iterator<Item = (f64, f64)>) -> Vec<(f64, f64)> {
 }
 
 /// An axis from a smallest to a largest value, linear or logarithmic.
-struct Axis {
+pub(crate) struct Axis {
     low: f64,
     high: f64,
     log: bool,
 }
 
 impl Axis {
-    fn new(low: f64, high: f64, log: bool) -> Axis {
+    pub(crate) fn new(low: f64, high: f64, log: bool) -> Axis {
         if log {
             return Axis { low: low / 1.1, high: high * 1.1, log };
         }
@@ -354,7 +363,7 @@ impl Axis {
     }
 
     /// Where `value` lies in `room`, whose start belongs to the smallest value.
-    fn place(&self, value: f64, room: &Range<f64>) -> f64 {
+    pub(crate) fn place(&self, value: f64, room: &Range<f64>) -> f64 {
         let share = match self.log {
             true => (value / self.low).ln() / (self.high / self.low).ln(),
             false => (value - self.low) / (self.high - self.low),
@@ -363,7 +372,7 @@ impl Axis {
     }
 
     /// Round values on the axis with their labels.
-    fn ticks(&self) -> Vec<(f64, String)> {
+    pub(crate) fn ticks(&self) -> Vec<(f64, String)> {
         if self.log {
             return self.log_ticks();
         }

@@ -4,6 +4,7 @@
 //! The same tables drive allocation, checkpoints and the memory estimate, so these cannot disagree.
 
 use crate::band::{Band, Dense};
+use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::Result;
 
@@ -148,8 +149,11 @@ pub struct ParamTable {
     tensors: Vec<Tensor>,
     first: [usize; 16],
     len: usize,
-    fc1: Option<Band>,
-    fc2: Option<Band>,
+    /// Every band that a tensor is packed in, once.
+    bands: Vec<Band>,
+    /// For each layer which of them, `None` where it is dense.
+    fc1: Vec<Option<usize>>,
+    fc2: Vec<Option<usize>>,
 }
 
 impl ParamTable {
@@ -159,17 +163,20 @@ impl ParamTable {
     /// Sizes that do not fit each other, see [`GptConfig::checked`].
     pub fn new(config: &GptConfig) -> Result<Self> {
         let config = config.checked()?;
-        let band = |bandwidth| match bandwidth {
-            0 => Ok(None),
-            _ => Band::new(config.channels, config.mlp_width(), bandwidth).map(Some),
+        let mut bands: Vec<Band> = Vec::new();
+        let mut index = |bandwidth| match bands.iter().position(|band| band.bandwidth() == bandwidth) {
+            _ if bandwidth == 0 => Ok(None),
+            Some(index) => Ok(Some(index)),
+            None => {
+                bands.push(Band::new(config.channels, config.mlp_width(), bandwidth)?);
+                Ok::<_, crate::Error>(Some(bands.len() - 1))
+            }
         };
-        let mut table = Self {
-            tensors: Vec::new(),
-            first: [0; 16],
-            len: 0,
-            fc1: band(config.fc1_bandwidth)?,
-            fc2: band(config.fc2_bandwidth)?,
+        let mut indices = |bandwidths: Bandwidths| -> Result<Vec<_>> {
+            (0..config.num_layers).map(|layer| index(bandwidths.of(layer, config.num_layers))).collect()
         };
+        let (fc1, fc2) = (indices(config.fc1_bandwidth)?, indices(config.fc2_bandwidth)?);
+        let mut table = Self { tensors: Vec::new(), first: [0; 16], len: 0, bands, fc1, fc2 };
         for param in Param::ALL {
             table.first[param as usize] = table.tensors.len();
             for layer in 0..if param.per_layer() { config.num_layers } else { 1 } {
@@ -181,7 +188,7 @@ impl ParamTable {
 
     fn push(&mut self, param: Param, layer: usize, config: &GptConfig) {
         let (rows, cols) = param.shape(config);
-        let (len, packed) = match self.band(param) {
+        let (len, packed) = match self.band(param, layer) {
             Some((band, layout)) => (band.packed_len(), Some(layout)),
             None => (rows * cols, None),
         };
@@ -214,23 +221,25 @@ impl ParamTable {
         self.tensor(param, layer).span
     }
 
-    /// FC1's band, `None` when dense.
-    pub fn fc1(&self) -> Option<&Band> {
-        self.fc1.as_ref()
+    /// Every band that a tensor is packed in, once.
+    pub fn bands(&self) -> &[Band] {
+        &self.bands
     }
 
-    /// FC2's band, `None` when dense.
-    pub fn fc2(&self) -> Option<&Band> {
-        self.fc2.as_ref()
-    }
-
-    /// The band a kind of tensor is packed in, with the way its dense matrix lies.
-    pub fn band(&self, param: Param) -> Option<(&Band, Dense)> {
+    /// Which of [`ParamTable::bands`] the tensor of a kind and layer is packed in; `None` when it is dense.
+    pub fn band_index(&self, param: Param, layer: usize) -> Option<usize> {
         match param {
-            Param::Fcw => self.fc1().map(|band| (band, Dense::WideByNarrow)),
-            Param::Fcprojw => self.fc2().map(|band| (band, Dense::NarrowByWide)),
+            Param::Fcw => self.fc1[layer],
+            Param::Fcprojw => self.fc2[layer],
             _ => None,
         }
+    }
+
+    /// The band that the tensor of a kind and layer is packed in, with the way its dense matrix lies; `None` when it is
+    /// dense.
+    pub fn band(&self, param: Param, layer: usize) -> Option<(&Band, Dense)> {
+        let layout = if param == Param::Fcw { Dense::WideByNarrow } else { Dense::NarrowByWide };
+        self.band_index(param, layer).map(|index| (&self.bands[index], layout))
     }
 
     /// The spans whose weights decay: the matrices.
@@ -240,12 +249,17 @@ impl ParamTable {
 
     /// Weights that exist: exact band counts, no padding of any kind.
     pub fn count(&self, config: &GptConfig) -> usize {
-        let size = |tensor: &Tensor| match (tensor.param, self.band(tensor.param)) {
+        Param::ALL.into_iter().map(|param| self.weights(config, param)).sum()
+    }
+
+    /// Weights that exist in all layers' tensors of a kind.
+    pub fn weights(&self, config: &GptConfig, kind: Param) -> usize {
+        let size = |tensor: &Tensor| match (tensor.param, self.band(tensor.param, tensor.layer)) {
             (_, Some((band, _))) => band.count(),
             (Param::Wte, None) => config.vocab_size * config.channels,
             (param, None) => param.shape(config).0 * param.shape(config).1,
         };
-        self.tensors.iter().map(size).sum()
+        self.tensors.iter().filter(|tensor| tensor.param == kind).map(size).sum()
     }
 }
 
@@ -369,7 +383,7 @@ mod tests {
     #[test]
     fn tensors_follow_each_other_aligned_and_in_order() {
         for preset in PRESETS {
-            let table = ParamTable::new(&GptConfig { fc2_bandwidth: 33, ..preset.model }).unwrap();
+            let table = ParamTable::new(&GptConfig { fc2_bandwidth: 33.into(), ..preset.model }).unwrap();
             let mut end = 0;
             for tensor in table.tensors() {
                 assert_eq!(tensor.span.offset % TENSOR_ALIGN, 0);
@@ -382,9 +396,31 @@ mod tests {
     }
 
     #[test]
+    fn every_layer_has_its_own_bandwidth_and_equal_ones_share_a_band() {
+        let toy = preset("toy").unwrap().model;
+        let (fc1, fc2) = ("64,0,64,32".parse().unwrap(), "32..128".parse().unwrap());
+        let table = ParamTable::new(&GptConfig { fc1_bandwidth: fc1, fc2_bandwidth: fc2, ..toy }).unwrap();
+        let of = |param| {
+            (0..4).map(|layer| table.band(param, layer).map_or(0, |(band, _)| band.bandwidth())).collect::<Vec<_>>()
+        };
+        assert_eq!((of(Param::Fcw), of(Param::Fcprojw)), (vec![64, 0, 64, 32], vec![32, 64, 96, 128]));
+        assert_eq!(table.bands().len(), 4);
+        assert_eq!(table.span(Param::Fcw, 1).len, 128 * 512);
+    }
+
+    #[test]
+    fn a_narrower_mlp_has_fewer_weights() {
+        let dense = preset("tinystories-51m").unwrap().model;
+        let narrow = dense.with_mlp_width(1472);
+        let count = |config: &GptConfig| ParamTable::new(config).unwrap().count(config);
+        assert_eq!(count(&dense) - count(&narrow), 8 * (2048 - 1472) * (2 * 512 + 1));
+        assert_eq!(dense.with_mlp_width(2048), dense);
+    }
+
+    #[test]
     fn a_band_shrinks_the_buffer() {
         let dense = preset("tinystories-51m").unwrap().model;
-        let banded = GptConfig { fc1_bandwidth: 1024, fc2_bandwidth: 512, ..dense };
+        let banded = GptConfig { fc1_bandwidth: 1024.into(), fc2_bandwidth: 512.into(), ..dense };
         let (dense_len, banded_len) = (ParamTable::new(&dense).unwrap().len(), ParamTable::new(&banded).unwrap().len());
         let saved = 8.0 * 1_048_576.0 * ((1.0 - 1.15 * 0.43787) + (1.0 - 1.25 * 0.2348));
         assert!((dense_len - banded_len) as f64 >= saved, "{} < {saved}", dense_len - banded_len);

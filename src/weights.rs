@@ -1,5 +1,6 @@
 //! A model's weights in host memory: what checkpoints read and write and what backends upload.
 
+use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::output;
@@ -98,7 +99,7 @@ impl Weights {
     /// One tensor as its dense matrix, row by row.
     pub fn dense(&self, param: Param, layer: usize) -> Vec<f32> {
         let stored = self.stored(param, layer);
-        match self.table.band(param) {
+        match self.table.band(param, layer) {
             None => stored.to_vec(),
             Some((band, layout)) => {
                 let mut dense = vec![0.0; band.narrow() * band.wide()];
@@ -114,7 +115,7 @@ impl Weights {
     /// When `dense` does not have the tensor's size: a fault of the caller.
     pub fn set_dense(&mut self, param: Param, layer: usize, dense: &[f32]) {
         let range = self.table.span(param, layer).range();
-        match self.table.band(param) {
+        match self.table.band(param, layer) {
             None => self.values[range].copy_from_slice(dense),
             Some((band, layout)) => band.pack(dense, layout, &mut self.values[range]),
         }
@@ -125,8 +126,8 @@ impl Weights {
     /// 0..=1, FC1 first.
     ///
     /// # Errors
-    /// None for a valid model; bandwidths of any size are allowed.
-    pub fn rebanded(&self, fc1_bandwidth: usize, fc2_bandwidth: usize) -> Result<(Self, [f64; 2])> {
+    /// A list of bandwidths that is not as long as the model is deep; bandwidths of any size are allowed.
+    pub fn rebanded(&self, fc1_bandwidth: Bandwidths, fc2_bandwidth: Bandwidths) -> Result<(Self, [f64; 2])> {
         let config = GptConfig { fc1_bandwidth, fc2_bandwidth, ..self.config };
         let mut weights = Self::zeros(&config)?;
         for index in 0..self.table.tensors().len() {
@@ -138,6 +139,17 @@ impl Weights {
             if before == 0.0 { 0.0 } else { (1.0 - after / before).max(0.0) }
         });
         Ok((weights, cut))
+    }
+
+    /// Multiplies every banded tensor by sqrt(dense / kept), connections counted: each output of a cut layer then has, of
+    /// fresh weights, the variance that the dense layer would give it on average.
+    pub fn rescale_cut(&mut self) {
+        for tensor in self.table.tensors().to_vec() {
+            if let Some((band, _)) = self.table.band(tensor.param, tensor.layer) {
+                let factor = (1.0 / band.density()).sqrt() as f32;
+                self.stored_mut(tensor.param, tensor.layer).iter_mut().for_each(|value| *value *= factor);
+            }
+        }
     }
 
     /// Sum of squares over all layers' tensors of one kind.
@@ -168,18 +180,34 @@ mod tests {
     #[test]
     fn a_banded_start_is_the_dense_start_masked() {
         let banded = preset("toy").unwrap().model;
-        let dense = GptConfig { fc1_bandwidth: 0, ..banded };
+        let dense = GptConfig { fc1_bandwidth: Bandwidths::DENSE, ..banded };
         let (dense, banded) = (Weights::init(&dense, 7).unwrap(), Weights::init(&banded, 7).unwrap());
         let (all, kept) = (dense.dense(Param::Fcw, 2), banded.dense(Param::Fcw, 2));
-        let band = banded.table().fc1().unwrap();
+        let (band, _) = banded.table().band(Param::Fcw, 2).unwrap();
         for (index, (all, kept)) in all.iter().zip(&kept).enumerate() {
             let expected = if band.contains(index / 128, index % 128) { *all } else { 0.0 };
             assert_eq!(*kept, expected);
         }
         assert_eq!(dense.dense(Param::Wte, 0), banded.dense(Param::Wte, 0));
-        let (rebanded, cut) = dense.rebanded(256, 0).unwrap();
+        let (rebanded, cut) = dense.rebanded(256.into(), Bandwidths::DENSE).unwrap();
         assert_eq!(rebanded.values(), banded.values());
         assert!(cut[0] > 0.5 && cut[0] < 0.6 && cut[1] == 0.0, "{cut:?}");
+    }
+
+    #[test]
+    fn rescaling_restores_the_squared_norm() {
+        let config = GptConfig { fc2_bandwidth: "64,0,128,256".parse().unwrap(), ..preset("toy").unwrap().model };
+        let dense =
+            Weights::init(&GptConfig { fc1_bandwidth: 0.into(), fc2_bandwidth: 0.into(), ..config }, 3).unwrap();
+        let plain = Weights::init(&config, 3).unwrap();
+        let mut rescaled = plain.clone();
+        rescaled.rescale_cut();
+        for param in [Param::Fcw, Param::Fcprojw] {
+            let ratio = rescaled.squared_norm(param) / dense.squared_norm(param);
+            assert!((ratio - 1.0).abs() < 0.02, "{ratio}");
+        }
+        assert_eq!(plain.stored(Param::Fcprojw, 1), rescaled.stored(Param::Fcprojw, 1));
+        assert_eq!(plain.stored(Param::Qkvw, 1), rescaled.stored(Param::Qkvw, 1));
     }
 
     #[test]

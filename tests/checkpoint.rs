@@ -1,6 +1,7 @@
 //! Checkpoints from outside: what is written is what is read, in every format and from one to the next.
 
 use bandtrain::band::Band;
+use bandtrain::bandwidths::Bandwidths;
 use bandtrain::checkpoint::{Checkpoint, Encoding, Format, Meta, detect, load, save};
 use bandtrain::config::GptConfig;
 use bandtrain::shapes::Param;
@@ -18,11 +19,12 @@ const ODD: GptConfig = GptConfig {
     max_seq_len: 13,
     vocab_size: 101,
     padded_vocab_size: 128,
-    fc1_bandwidth: 36,
-    fc2_bandwidth: 50,
+    mlp_width: None,
+    fc1_bandwidth: Bandwidths::Same(36),
+    fc2_bandwidth: Bandwidths::Same(50),
 };
 
-const DENSE: GptConfig = GptConfig { fc1_bandwidth: 0, fc2_bandwidth: 0, ..ODD };
+const DENSE: GptConfig = GptConfig { fc1_bandwidth: Bandwidths::DENSE, fc2_bandwidth: Bandwidths::DENSE, ..ODD };
 
 /// A checkpoint whose every existing weight differs from every other's.
 fn sample(config: GptConfig) -> Checkpoint {
@@ -60,7 +62,9 @@ fn dense_equal(a: &Weights, b: &Weights, encoding: Encoding) {
 
 #[test]
 fn the_native_format_keeps_everything() {
-    for config in [DENSE, ODD, GptConfig { fc2_bandwidth: 0, ..ODD }, GptConfig { fc1_bandwidth: 1, ..ODD }] {
+    for config in
+        [DENSE, ODD, GptConfig { fc2_bandwidth: 0.into(), ..ODD }, GptConfig { fc1_bandwidth: 1.into(), ..ODD }]
+    {
         let before = sample(config);
         let after = through(&before, Format::Safetensors);
         assert_eq!(after.weights.config(), before.weights.config());

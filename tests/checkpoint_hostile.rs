@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // the allocator below
 
 use bandtrain::band::Band;
+use bandtrain::bandwidths::Bandwidths;
 use bandtrain::checkpoint::{Checkpoint, Format, Meta, load, save};
 use bandtrain::config::GptConfig;
 use bandtrain::weights::Weights;
@@ -50,8 +51,9 @@ const SMALL: GptConfig = GptConfig {
     max_seq_len: 3,
     vocab_size: 17,
     padded_vocab_size: 64,
-    fc1_bandwidth: 18,
-    fc2_bandwidth: 30,
+    mlp_width: None,
+    fc1_bandwidth: Bandwidths::Same(18),
+    fc2_bandwidth: Bandwidths::Same(30),
 };
 
 /// A valid file of every format; for Hugging Face its model file and its configuration.

@@ -68,6 +68,13 @@ fn low_precisions_follow_the_golden_runs() {
 }
 
 #[test]
+fn layers_of_other_bandwidths_and_an_odd_width() {
+    if let Some(device) = device(of(Arithmetic::Fp32)) {
+        agreement::check_uneven_layers(device);
+    }
+}
+
+#[test]
 fn two_runs_give_the_same_bits() {
     for arithmetic in [Arithmetic::Fp32, Arithmetic::Tf32, Arithmetic::Bf16] {
         let train = || device(of(arithmetic)).map(agreement::trained_bits);

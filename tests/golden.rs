@@ -44,8 +44,9 @@ impl Golden {
             max_seq_len: int("T"),
             vocab_size: int("V"),
             padded_vocab_size: padded_vocab(int("V")),
-            fc1_bandwidth: int("fc1_bandwidth"),
-            fc2_bandwidth: int("fc2_bandwidth"),
+            mlp_width: None,
+            fc1_bandwidth: int("fc1_bandwidth").into(),
+            fc2_bandwidth: int("fc2_bandwidth").into(),
         };
         assert_eq!(float("eps"), bandtrain::optim::EPS);
         let mut golden = Self {
@@ -213,7 +214,7 @@ fn check_parameters<B: Backend>(golden: &Golden, model: &mut Model<B>, steps: us
 fn check_band(weights: &Weights, name: &str) {
     for tensor in weights.table().tensors() {
         let stored = weights.stored(tensor.param, tensor.layer);
-        if let Some((band, _)) = weights.table().band(tensor.param) {
+        if let Some((band, _)) = weights.table().band(tensor.param, tensor.layer) {
             for panel in band.panels() {
                 for slot in 0..panel.len() {
                     let value = stored[panel.offset + slot];

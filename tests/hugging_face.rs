@@ -27,8 +27,9 @@ fn config(tokenizer: Tokenizer) -> GptConfig {
         max_seq_len: 24,
         vocab_size: tokenizer.vocab_size(),
         padded_vocab_size: padded_vocab(tokenizer.vocab_size()),
-        fc1_bandwidth: 36,
-        fc2_bandwidth: 50,
+        mlp_width: None,
+        fc1_bandwidth: 36.into(),
+        fc2_bandwidth: 50.into(),
     }
 }
 

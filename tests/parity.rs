@@ -79,6 +79,13 @@ fn a_golden_run_in_chunks() {
 }
 
 #[test]
+fn layers_of_other_bandwidths_and_an_odd_width() {
+    if let Some(device) = device(&checked()) {
+        agreement::check_uneven_layers(device);
+    }
+}
+
+#[test]
 fn two_runs_give_the_same_bits() {
     let train = |options: &Options| device(options).map(agreement::trained_bits);
     let Some(first) = train(&Options::default()) else { return };

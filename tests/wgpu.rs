@@ -111,10 +111,10 @@ fn a_laptop_trains_tinystories_7m() {
     let Some(device) = device(&options) else { return };
     let preset = preset("tinystories-7m").unwrap();
     for fc1_bandwidth in [0, 256] {
-        let config = GptConfig { fc1_bandwidth, ..preset.model };
+        let config = GptConfig { fc1_bandwidth: fc1_bandwidth.into(), ..preset.model };
         MemoryEstimate::check(&device, &config, preset.batch_size, config.max_seq_len).unwrap();
     }
-    let config = GptConfig { fc1_bandwidth: 256, ..preset.model };
+    let config = GptConfig { fc1_bandwidth: 256.into(), ..preset.model };
     let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
     let losses = train(&mut model, 2, config.max_seq_len, 2).unwrap();
     assert!((losses[0].0 - 50257f32.ln()).abs() < 0.5 && losses[1].0 < losses[0].0, "{losses:?}");

@@ -1,6 +1,7 @@
 //! What each fuzz target does with its input: hand it to a reader as a file, and require that it comes back with a value
 //! or a sentence. The tests replay every input that is kept (`tests/fuzz_corpus.rs`), so this needs no fuzzer.
 
+use bandtrain::bandwidths::Bandwidths;
 use bandtrain::checkpoint::{self, Checkpoint, Format, Meta};
 use bandtrain::config::GptConfig;
 use bandtrain::data::tokenize::{TokenizeOptions, ValidationSplit, tokenize};
@@ -47,8 +48,9 @@ const SMALL: GptConfig = GptConfig {
     max_seq_len: 8,
     vocab_size: 5,
     padded_vocab_size: 64,
-    fc1_bandwidth: 0,
-    fc2_bandwidth: 0,
+    mlp_width: None,
+    fc1_bandwidth: Bandwidths::DENSE,
+    fc2_bandwidth: Bandwidths::DENSE,
 };
 
 /// Where inputs become files. `hf` holds a good model under Hugging Face's names, and its configuration is beside the others.

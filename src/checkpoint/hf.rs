@@ -5,6 +5,7 @@
 //! `modeling_gpt2.py` and `configuration_gpt2.py`.
 
 use crate::atomic::{AtomicFile, SealedFile};
+use crate::bandwidths::Bandwidths;
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::{Checkpoint, Encoding, Meta, dense_or_stored, file_len, hf_tokenizer, open};
 use crate::config::{GptConfig, padded_vocab};
@@ -156,7 +157,7 @@ fn config_json(config: &GptConfig, end_of_text: usize) -> String {
         "model_type": "gpt2",
         "n_embd": config.channels,
         "n_head": config.num_heads,
-        "n_inner": null,
+        "n_inner": config.mlp_width,
         "n_layer": config.num_layers,
         "n_positions": config.max_seq_len,
         "resid_pdrop": 0.0,
@@ -289,12 +290,18 @@ fn derive_config(container: &Container, prefix: &str, hf: &HfConfig) -> Result<G
     let has_layer = |layer: &usize| container.shape(&format!("{prefix}h.{layer}.ln_1.weight")).is_some();
     let num_layers = (0..).take_while(has_layer).count();
     let fault = |what: String| Error::file(&hf.path, what);
+    // Conv1D: inputs by outputs. What is missing here is told by who checks all tensors.
+    let full = channels.saturating_mul(4);
+    let mlp_width = match container.shape(&format!("{prefix}h.0.mlp.c_fc.weight")) {
+        Some(&[_, width]) => width,
+        _ => full,
+    };
     let stated = [
         ("vocab_size", hf.vocab_size, vocab_size),
         ("n_embd", hf.n_embd, channels),
         ("n_positions", hf.n_positions, max_seq_len),
         ("n_layer", hf.n_layer, num_layers),
-        ("n_inner", hf.n_inner, channels.saturating_mul(4)),
+        ("n_inner", Some(hf.n_inner.unwrap_or(full)), mlp_width),
     ];
     if let Some((name, Some(stated), found)) =
         stated.into_iter().find(|(_, stated, found)| stated.is_some_and(|stated| stated != *found))
@@ -313,9 +320,11 @@ fn derive_config(container: &Container, prefix: &str, hf: &HfConfig) -> Result<G
         max_seq_len,
         vocab_size,
         padded_vocab_size,
-        fc1_bandwidth: 0,
-        fc2_bandwidth: 0,
-    };
+        mlp_width: None,
+        fc1_bandwidth: Bandwidths::DENSE,
+        fc2_bandwidth: Bandwidths::DENSE,
+    }
+    .with_mlp_width(mlp_width);
     sizes.checked().map_err(|error| Error::file(container.path(), format!("its tensors make no model: {error}")))
 }
 

@@ -5,6 +5,7 @@
 //! `train_gpt2.cu` (`gpt2_build_from_checkpoint`).
 
 use crate::atomic::{AtomicFile, SealedFile};
+use crate::bandwidths::Bandwidths;
 use crate::checkpoint::values::{self, Encoding};
 use crate::checkpoint::{Checked, dense_or_stored, file_len, open};
 use crate::config::GptConfig;
@@ -118,8 +119,9 @@ fn check_header(words: &[i32; HEADER_WORDS]) -> Checked<(GptConfig, Encoding)> {
         num_heads: size(5, "the number of heads NH")?,
         channels: size(6, "the number of channels C")?,
         padded_vocab_size: size(7, "the padded vocabulary Vp")?,
-        fc1_bandwidth: 0,
-        fc2_bandwidth: 0,
+        mlp_width: None,
+        fc1_bandwidth: Bandwidths::DENSE,
+        fc2_bandwidth: Bandwidths::DENSE,
     };
     let config = config.checked().map_err(|error| format!("its header makes no model: {error}"))?;
     Ok((config, encoding))
@@ -154,6 +156,7 @@ fn implied_len(config: &GptConfig, encoding: Encoding) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bandwidths::Bandwidths;
     use crate::config::preset;
 
     #[test]
@@ -166,7 +169,7 @@ mod tests {
     #[test]
     fn the_header_of_a_model_is_read_back() {
         for preset in crate::config::PRESETS {
-            let config = GptConfig { fc1_bandwidth: 0, ..preset.model };
+            let config = GptConfig { fc1_bandwidth: Bandwidths::DENSE, ..preset.model };
             assert_eq!(check_header(&header(&config, 5)).unwrap(), (config, Encoding::Bf16));
         }
     }

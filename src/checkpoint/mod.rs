@@ -236,6 +236,9 @@ pub fn load(path: &Path) -> Result<Checkpoint> {
 /// [`Error::Io`] when something cannot be written (a full disk), [`Error::File`] when a weight is not finite or too large
 /// for the format, [`Error::Internal`] when a weight outside the band is not zero.
 pub fn save(path: &Path, checkpoint: &Checkpoint, format: Format) -> Result<()> {
+    if matches!(format, Format::Llmc | Format::LlmcBf16) {
+        check_llmc(path, checkpoint.weights.config())?;
+    }
     check_savable(path, &checkpoint.weights, &checkpoint.meta, format.encoding())?;
     match format {
         Format::Llmc | Format::LlmcBf16 => llmc::write(path, &checkpoint.weights, format.encoding())?.publish(),
@@ -269,6 +272,25 @@ pub fn load_with_moments(path: &Path) -> Result<(Checkpoint, Moments)> {
     }
 }
 
+/// Refuses a model that llm.c's files cannot describe: their headers do not tell the width of the MLP, which is 4C there.
+///
+/// # Errors
+/// [`Error::File`] saying so.
+pub fn check_llmc(path: &Path, config: &GptConfig) -> Result<()> {
+    match config.mlp_width() == config.full_mlp_width() {
+        true => Ok(()),
+        false => Err(Error::file(
+            path,
+            format!(
+                "is llm.c's format, whose MLPs have the width 4C = {}, but this model's have {}; choose a .safetensors file, or \
+                 Hugging Face's format (convert --to hf)",
+                config.full_mlp_width(),
+                config.mlp_width()
+            ),
+        )),
+    }
+}
+
 /// Refuses to put what no reader accepts in the place of a good checkpoint.
 fn check_savable(path: &Path, weights: &Weights, meta: &Meta, encoding: Encoding) -> Result<()> {
     if let Some(name) = &meta.tokenizer {
@@ -284,7 +306,7 @@ fn check_savable(path: &Path, weights: &Weights, meta: &Meta, encoding: Encoding
             );
             return Err(Error::file(path, what));
         }
-        if let Some((band, _)) = weights.table().band(tensor.param)
+        if let Some((band, _)) = weights.table().band(tensor.param, tensor.layer)
             && let Some((j, i, _)) = safetensors::first_outside(band, band.panels(), stored)
         {
             return Err(Error::Internal(format!(

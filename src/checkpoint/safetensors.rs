@@ -107,7 +107,7 @@ fn read_set(container: &mut Container, prefix: &str, config: &GptConfig, packing
     let table = set.table().clone();
     let mut crc = 0;
     for &tensor in table.tensors() {
-        let packed = table.band(tensor.param).map(|(band, _)| (band, packing));
+        let packed = table.band(tensor.param, tensor.layer).map(|(band, _)| (band, packing));
         crc = read_tensor(container, prefix, &mut set, tensor, packed, crc)?;
     }
     match container.notes().get(&format!("{prefix}{CHECKSUM}")) {
@@ -172,6 +172,7 @@ fn take_layout(notes: &mut BTreeMap<String, String>) -> Checked<(GptConfig, Pack
     let config = take(notes, "config")?;
     let config: GptConfig = serde_json::from_str(&config)
         .map_err(|error| format!("has a damaged configuration in its metadata: {}", quoted(&error.to_string())))?;
+    let config = config.with_mlp_width(config.mlp_width());
     let packing = Packing { panel_rows: take_number(notes, "panel_rows")?, align: take_number(notes, "align")? };
     for (key, value) in [("panel_rows", packing.panel_rows), ("align", packing.align)] {
         if value == 0 || value > MAX_PACKING {
@@ -209,9 +210,9 @@ fn check_shapes(
     table: &ParamTable,
     packing: Packing,
 ) -> Result<()> {
-    let packed_len = |param| table.band(param).map(|(band, _)| packing.panels(band).iter().map(Panel::len).sum());
+    let lens: Vec<usize> = table.bands().iter().map(|band| packing.panels(band).iter().map(Panel::len).sum()).collect();
     for &tensor in table.tensors() {
-        let len = packed_len(tensor.param).unwrap_or(tensor.span.len);
+        let len = table.band_index(tensor.param, tensor.layer).map_or(tensor.span.len, |band| lens[band]);
         let name = format!("{prefix}{}", tensor.name());
         container.check(&name, &shape(tensor, config, len), &[Encoding::F32])?;
     }

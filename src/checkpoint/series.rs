@@ -169,7 +169,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config =
             GptConfig { channels: 8, num_layers: 1, num_heads: 1, max_seq_len: 4, ..preset("toy").unwrap().model };
-        let weights = Weights::init(&GptConfig { fc1_bandwidth: 0, ..config }, 1).unwrap();
+        let weights = Weights::init(&GptConfig { fc1_bandwidth: 0.into(), ..config }, 1).unwrap();
         let moments = Moments { first: weights.clone(), second: weights.clone() };
         let mut series = Series::new(&folder.path().join(path), Keep { last, milestone_every }).unwrap();
         fs::write(folder.path().join("m-note.safetensors"), "not one of them").unwrap();

@@ -80,12 +80,12 @@ pub fn run(args: BenchArgs) -> Result<()> {
         What::Kernels => with_backend(&args.device.clone(), Kernels(args)),
         What::Step => {
             let preset = preset(&args.preset)?;
-            let dense = GptConfig { fc1_bandwidth: 0, fc2_bandwidth: 0, ..preset.model };
+            let dense = GptConfig { fc1_bandwidth: 0.into(), fc2_bandwidth: 0.into(), ..preset.model };
             check_seq_len(args.seq_len.unwrap_or(1), dense.max_seq_len)?;
             let bandwidths = if args.bandwidth.is_empty() { vec![2 * dense.channels] } else { args.bandwidth.clone() };
             let mut times = Vec::new();
             for bandwidth in std::iter::once(0).chain(bandwidths) {
-                let config = GptConfig { fc1_bandwidth: bandwidth, fc2_bandwidth: bandwidth, ..dense };
+                let config = GptConfig { fc1_bandwidth: bandwidth.into(), fc2_bandwidth: bandwidth.into(), ..dense };
                 let batch = args.batch_size.unwrap_or(preset.batch_size);
                 let tokens = args.seq_len.unwrap_or(dense.max_seq_len);
                 let (description, time) =
@@ -165,7 +165,7 @@ fn print_steps(times: &[StepTime]) -> Result<()> {
 }
 
 fn mlp_name(time: &StepTime) -> String {
-    if time.fc1_bandwidth == 0 { "dense".to_string() } else { format!("banded {}", time.fc1_bandwidth) }
+    if time.fc1_bandwidth.is_dense() { "dense".to_string() } else { format!("banded {}", time.fc1_bandwidth) }
 }
 
 /// What each kernel takes in a step.

@@ -1,6 +1,7 @@
 //! `bandtrain convert`: from one checkpoint format to another, and from dense to banded.
 
 use super::parse;
+use crate::bandwidths::Bandwidths;
 use crate::checkpoint::{self, Checkpoint, Format};
 use crate::data::same_file;
 use crate::error::{Error, Result};
@@ -27,11 +28,11 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "FORMAT")]
     to: String,
     /// New bandwidth of FC1, 0 is dense [default: as it is]
-    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
-    fc1_bandwidth: Option<usize>,
+    #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
+    fc1_bandwidth: Option<Bandwidths>,
     /// New bandwidth of FC2, 0 is dense [default: as it is]
-    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
-    fc2_bandwidth: Option<usize>,
+    #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
+    fc2_bandwidth: Option<Bandwidths>,
 }
 
 /// Runs the command.
@@ -66,8 +67,9 @@ fn banded(checkpoint: Checkpoint, args: &ConvertArgs) -> Result<(Checkpoint, Vec
     let Checkpoint { weights, meta } = checkpoint;
     let config = weights.config();
     let (weights, cut) = weights.rebanded(fc1.unwrap_or(config.fc1_bandwidth), fc2.unwrap_or(config.fc2_bandwidth))?;
-    let banded =
-        [("FC1", fc1, cut[0]), ("FC2", fc2, cut[1])].into_iter().filter(|(_, asked, _)| asked.is_some_and(|n| n > 0));
+    let banded = [("FC1", fc1, cut[0]), ("FC2", fc2, cut[1])]
+        .into_iter()
+        .filter(|(_, asked, _)| asked.is_some_and(|asked| !asked.is_dense()));
     let notes =
         banded.map(|(layer, _, cut)| format!("banding {layer} cut {:.2} % of its weights' squared norm", 100.0 * cut));
     Ok((Checkpoint { weights, meta }, notes.collect()))

@@ -7,6 +7,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda;
 use crate::backend::wgpu;
 use crate::backend::{Arithmetic, Backend, Device};
+use crate::bandwidths::Bandwidths;
 use crate::config::{GptConfig, preset};
 use crate::error::{Error, Result};
 use crate::memory::{MemoryEstimate, Room, stored_elements};
@@ -33,11 +34,14 @@ pub struct InfoArgs {
     #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     seq_len: Option<usize>,
     /// Bandwidth of FC1, 0 is dense [default: the preset's]
-    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
-    fc1_bandwidth: Option<usize>,
+    #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
+    fc1_bandwidth: Option<Bandwidths>,
     /// Bandwidth of FC2, 0 is dense [default: the preset's]
-    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
-    fc2_bandwidth: Option<usize>,
+    #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
+    fc2_bandwidth: Option<Bandwidths>,
+    /// Width of the MLP [default: 4C]
+    #[arg(long, value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    mlp_width: Option<usize>,
     #[command(flatten)]
     device: DeviceArgs,
     /// Write every wgpu shader, at every instantiation, to a folder
@@ -77,8 +81,8 @@ pub fn run(args: InfoArgs) -> Result<()> {
         fc1_bandwidth: args.fc1_bandwidth.unwrap_or(preset.model.fc1_bandwidth),
         fc2_bandwidth: args.fc2_bandwidth.unwrap_or(preset.model.fc2_bandwidth),
         ..preset.model
-    }
-    .checked()?;
+    };
+    let config = config.with_mlp_width(args.mlp_width.unwrap_or(config.mlp_width())).checked()?;
     let tokens = args.seq_len.unwrap_or(config.max_seq_len);
     check_seq_len(tokens, config.max_seq_len)?;
     let batch = args.batch_size.unwrap_or(preset.batch_size);
@@ -194,14 +198,14 @@ impl Info {
             config.max_seq_len,
             config.vocab_size
         )?;
-        for (name, param, band) in [("FC1", Param::Fcw, table.fc1()), ("FC2", Param::Fcprojw, table.fc2())] {
+        let layers = [("FC1", Param::Fcw, config.fc1_bandwidth), ("FC2", Param::Fcprojw, config.fc2_bandwidth)];
+        for (name, param, bandwidth) in layers {
             let (stored, dense) = stored_elements(config, &table, param);
-            match band {
-                None => say!("  {name} dense: {} weights", grouped(dense))?,
-                Some(band) => say!(
-                    "  {name} bandwidth {}: density {:.3} %, {} of {} weights stored ({:.1} %)",
-                    band.bandwidth(),
-                    100.0 * band.density(),
+            match bandwidth.is_dense() {
+                true => say!("  {name} dense: {} weights", grouped(dense))?,
+                false => say!(
+                    "  {name} bandwidth {bandwidth}: density {:.3} %, {} of {} weights stored ({:.1} %)",
+                    100.0 * table.weights(config, param) as f64 / dense as f64,
                     grouped(stored),
                     grouped(dense),
                     100.0 * stored as f64 / dense as f64

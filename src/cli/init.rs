@@ -1,6 +1,7 @@
 //! `bandtrain init`: a fresh model in a file.
 
 use super::parse;
+use crate::bandwidths::Bandwidths;
 use crate::checkpoint::{self, Checkpoint, Format, Meta};
 use crate::config::{GptConfig, preset};
 use crate::error::Result;
@@ -27,11 +28,17 @@ pub struct InitArgs {
     #[arg(long, default_value = "42", value_parser = parse::seed, value_name = "N", allow_negative_numbers = true)]
     seed: u64,
     /// Bandwidth of FC1, 0 is dense [default: the preset's]
-    #[arg(long, short = 'w', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
-    fc1_bandwidth: Option<usize>,
+    #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
+    fc1_bandwidth: Option<Bandwidths>,
     /// Bandwidth of FC2, 0 is dense [default: the preset's]
-    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", allow_negative_numbers = true)]
-    fc2_bandwidth: Option<usize>,
+    #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
+    fc2_bandwidth: Option<Bandwidths>,
+    /// Width of the MLP [default: 4C]
+    #[arg(long, value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    mlp_width: Option<usize>,
+    /// Multiply the weights of banded layers by sqrt(dense / kept connections)
+    #[arg(long)]
+    rescale_init: bool,
 }
 
 /// Runs the command.
@@ -46,7 +53,14 @@ pub fn run(args: InitArgs) -> Result<()> {
         fc2_bandwidth: args.fc2_bandwidth.unwrap_or(model.fc2_bandwidth),
         ..model
     };
-    let weights = Weights::init(&config, args.seed)?;
+    let config = config.with_mlp_width(args.mlp_width.unwrap_or(config.mlp_width()));
+    if format == Format::Llmc {
+        checkpoint::check_llmc(&args.output, &config)?;
+    }
+    let mut weights = Weights::init(&config, args.seed)?;
+    if args.rescale_init {
+        weights.rescale_cut();
+    }
     let count = grouped(weights.table().count(&config));
     let checkpoint = Checkpoint { weights, meta: Meta::of_config(&config) };
     checkpoint::save(&args.output, &checkpoint, format)?;

@@ -13,7 +13,10 @@ mod outputs;
 mod parity;
 mod parse;
 mod plot;
+mod report;
 mod resume;
+mod sweep;
+mod sweep_file;
 mod tokenize;
 mod train;
 mod train_options;
@@ -57,6 +60,8 @@ enum Command {
     Band(band::BandArgs),
     Info(info::InfoArgs),
     Plot(plot::PlotArgs),
+    Sweep(sweep::SweepArgs),
+    Report(report::ReportArgs),
 }
 
 /// Parses and runs a command line, the program's name first.
@@ -86,6 +91,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Result<()> {
         Some(Command::Band(args)) => band::run(args),
         Some(Command::Info(args)) => info::run(args),
         Some(Command::Plot(args)) => plot::run(args),
+        Some(Command::Sweep(args)) => sweep::run(args),
+        Some(Command::Report(args)) => report::run(args),
     }
 }
 

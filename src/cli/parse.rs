@@ -1,5 +1,7 @@
 //! Values on the command line, each with a sentence for what it must not be.
 
+use crate::bandwidths::Bandwidths;
+
 /// What no count on the command line exceeds: an honest run is far below, a slip of the keyboard far above.
 const MOST: u64 = 1 << 31;
 
@@ -56,6 +58,14 @@ pub fn switch(text: &str) -> Result<bool, String> {
 /// A bandwidth: 0 is dense.
 pub fn bandwidth(text: &str) -> Result<usize, String> {
     count(text).map_err(|problem| format!("a bandwidth counts connections: {problem} (0 is dense)"))
+}
+
+/// Bandwidths over the depth: one, a ramp 1024..256, or a list 1024,512,256.
+pub fn bandwidths(text: &str) -> Result<Bandwidths, String> {
+    match text.contains(',') || text.contains("..") {
+        true => text.parse(),
+        false => bandwidth(text).map(Bandwidths::Same),
+    }
 }
 
 fn finite(text: &str) -> Result<f64, String> {

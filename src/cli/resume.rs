@@ -10,7 +10,7 @@ use crate::weights::Weights;
 use std::collections::BTreeMap;
 
 /// Options that change what a run computes. The number of steps is one only where the schedule depends on it.
-const DECISIVE: [&str; 14] = [
+const DECISIVE: [&str; 15] = [
     "shuffle",
     "batch-size",
     "seq-len",
@@ -25,6 +25,7 @@ const DECISIVE: [&str; 14] = [
     "skip-loss-zscore",
     "skip-grad-zscore",
     "seed",
+    "rescale-init",
 ];
 /// What precedes their names in a checkpoint's metadata.
 const PREFIX: &str = "run.";

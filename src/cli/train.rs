@@ -9,18 +9,19 @@ use super::outputs::Outputs;
 use super::resume::{self, Resumed};
 use super::train_options::TrainOptions;
 use crate::backend::Backend;
-use crate::checkpoint::{self, Keep, Series};
+use crate::bandwidths::Bandwidths;
+use crate::checkpoint::{self, Format, Keep, Series};
 use crate::config::{BYTES_VOCAB, GptConfig, Preset, preset};
 use crate::data::{Loader, Shuffle, Tokenizer, toy};
 use crate::error::{Error, Result};
 use crate::every::Every;
 use crate::interrupt;
-use crate::memory::MemoryEstimate;
+use crate::memory::{MemoryEstimate, stored_elements};
 use crate::model::Model;
 use crate::optim::{Hyperparameters, Recipe};
 use crate::output::{grouped, loss};
 use crate::report::{Reporter, Show};
-use crate::shapes::{Param, ParamTable};
+use crate::shapes::Param;
 use crate::train::spike::SpikeRule;
 use crate::train::{Progress, TrainPlan, Trainer};
 use crate::weights::Weights;
@@ -66,8 +67,41 @@ impl Task for TrainOptions {
     type Output = ();
 
     fn run<B: Backend>(self, backend: B) -> Result<()> {
-        resolve(self, &backend)?.train(backend)
+        let show = match (self.quiet, self.dashboard) {
+            (true, _) => Show::Nothing,
+            (false, true) => Show::Dashboard,
+            (false, false) => Show::Lines,
+        };
+        train(self, backend, show).map(|_| ())
     }
+}
+
+/// What a training was, for who compares several.
+pub(super) struct Trained {
+    /// Steps it did.
+    pub steps: u64,
+    /// Tokens of one step.
+    pub step_tokens: u64,
+    /// Bytes of device memory that it was estimated to take.
+    pub memory_bytes: usize,
+}
+
+/// Trains on `backend` as the options say.
+///
+/// # Errors
+/// As [`run`].
+pub(super) fn train<B: Backend>(options: TrainOptions, backend: B, show: Show) -> Result<Trained> {
+    resolve(options, &backend)?.train(backend, show)
+}
+
+/// Names the data and the preset that options without a model mean, and returns the preset.
+///
+/// # Errors
+/// [`Error::Usage`] for an unknown preset.
+pub(super) fn name_preset(options: &mut TrainOptions) -> Result<Preset> {
+    let source = name_source(options);
+    let fallback = if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" };
+    preset(options.preset.get_or_insert_with(|| fallback.to_string()))
 }
 
 /// Where the training data comes from.
@@ -76,21 +110,29 @@ enum Source {
     Toy,
 }
 
-/// Fills in what the options leave open, opens everything they name, and makes sure that everything can be written.
-fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainConfig> {
-    let source = match &options.train_data {
+/// Names the data that options without any mean.
+fn name_source(options: &mut TrainOptions) -> Source {
+    match &options.train_data {
         Some(files) => Source::Files(files.clone()),
         None if Path::new(DEFAULT_TRAIN_DATA).exists() => {
             options.val_data.get_or_insert_with(|| DEFAULT_VAL_DATA.to_string());
             Source::Files(options.train_data.insert(DEFAULT_TRAIN_DATA.to_string()).clone())
         }
         None => Source::Toy,
-    };
+    }
+}
+
+/// Fills in what the options leave open, opens everything they name, and makes sure that everything can be written.
+fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainConfig> {
+    let source = name_source(&mut options);
     let mut notes = Vec::new();
-    let start = start(&mut options, &source)?;
+    let start = start(&mut options)?;
     let (config, name) = (start.config, start.name.clone());
     let seed = *options.seed.get_or_insert(42);
     let outputs = Outputs::new(&mut options, &name)?;
+    if Format::of_path(&outputs.checkpoint)? == Format::Llmc {
+        checkpoint::check_llmc(&outputs.checkpoint, &config)?;
+    }
     let mut plan = plan(&mut options, &start.defaults, &config, &outputs)?;
     let tokenizer = Tokenizer::for_vocab_size(config.vocab_size).ok();
     let shuffle = *options.shuffle.get_or_insert(Shuffle::Llmc);
@@ -138,7 +180,7 @@ fn resolve<B: Backend>(mut options: TrainOptions, backend: &B) -> Result<TrainCo
     };
     let (weights, progress) = match resumed {
         Some(Resumed { weights, progress, .. }) => (weights, Some(progress)),
-        None => (start.weights(seed, &mut notes)?, None),
+        None => (start.weights(seed, options.rescale_init, &mut notes)?, None),
     };
     outputs.check_apart(&options, series.native())?;
     outputs.check_writable()?;
@@ -156,15 +198,21 @@ struct Start {
 
 impl Start {
     /// The initial weights, banded as asked.
-    fn weights(self, seed: u64, notes: &mut Vec<String>) -> Result<Weights> {
-        let Some(weights) = self.loaded else { return Weights::init(&self.config, seed) };
+    fn weights(self, seed: u64, rescale: bool, notes: &mut Vec<String>) -> Result<Weights> {
+        let Some(weights) = self.loaded else {
+            let mut weights = Weights::init(&self.config, seed)?;
+            if rescale {
+                weights.rescale_cut();
+            }
+            return Ok(weights);
+        };
         if *weights.config() == self.config {
             return Ok(weights);
         }
         let (fc1, fc2) = (self.config.fc1_bandwidth, self.config.fc2_bandwidth);
         let (weights, cut) = weights.rebanded(fc1, fc2)?;
         for (layer, bandwidth, cut) in [("FC1", fc1, cut[0]), ("FC2", fc2, cut[1])] {
-            if bandwidth > 0 {
+            if !bandwidth.is_dense() {
                 notes.push(format!("banding {layer} cut {:.2} % of its weights' squared norm", 100.0 * cut));
             }
         }
@@ -173,7 +221,7 @@ impl Start {
 }
 
 /// Finds the model that the options name, and its bandwidths.
-fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
+fn start(options: &mut TrainOptions) -> Result<Start> {
     let (name, defaults, model, loaded) = match &options.init {
         Some(path) => {
             let weights = checkpoint::load(path)?.weights;
@@ -183,19 +231,31 @@ fn start(options: &mut TrainOptions, source: &Source) -> Result<Start> {
             (name, preset(like)?, model, Some(weights))
         }
         None => {
-            let fallback = if matches!(source, Source::Toy) { "toy" } else { "tinystories-51m" };
-            let name = options.preset.get_or_insert_with(|| fallback.to_string()).clone();
-            let defaults = preset(&name)?;
-            (name, defaults, defaults.model, None)
+            let defaults = name_preset(options)?;
+            (defaults.name.to_string(), defaults, defaults.model, None)
         }
     };
     let dense = options.dense == Some(true);
-    let asked = |bandwidth: Option<usize>, own: usize| if dense { 0 } else { bandwidth.unwrap_or(own) };
+    let asked = |bandwidth: Option<Bandwidths>, own: Bandwidths| match dense {
+        true => Bandwidths::DENSE,
+        false => bandwidth.unwrap_or(own),
+    };
     let config = GptConfig {
         fc1_bandwidth: asked(options.fc1_bandwidth, model.fc1_bandwidth),
         fc2_bandwidth: asked(options.fc2_bandwidth, model.fc2_bandwidth),
         ..model
     };
+    let config = config.with_mlp_width(options.mlp_width.unwrap_or(config.mlp_width()));
+    if loaded.is_some() && config.mlp_width() != model.mlp_width() {
+        return Err(Error::usage(format!(
+            "the model to start from (-e) has an MLP of width {}; leave out --mlp-width, or start from fresh weights",
+            model.mlp_width()
+        )));
+    }
+    if loaded.is_some() && options.rescale_init {
+        return Err(Error::usage("--rescale-init is for fresh weights; leave it out, or leave out -e"));
+    }
+    options.mlp_width = config.mlp_width;
     options.fc1_bandwidth = Some(config.fc1_bandwidth);
     options.fc2_bandwidth = Some(config.fc2_bandwidth);
     Ok(Start { name, defaults, config, loaded })
@@ -248,15 +308,10 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outpu
 }
 
 impl TrainConfig {
-    fn train<B: Backend>(mut self, backend: B) -> Result<()> {
+    fn train<B: Backend>(mut self, backend: B, show: Show) -> Result<Trained> {
         let plan = &self.plan;
         let why = self.options.device().chosen().1.map(|why| format!(" ({why})")).unwrap_or_default();
         let device = format!("{}, {}{why}", backend.description(), backend.arithmetic().name());
-        let show = match (self.options.quiet, self.options.dashboard) {
-            (true, _) => Show::Nothing,
-            (false, true) => Show::Dashboard,
-            (false, false) => Show::Lines,
-        };
         let after = self.progress.as_ref().map(|progress| progress.step);
         let interrupt = interrupt::listen()?;
         let begin = self.outputs.record(&self.options, &device, after.unwrap_or(0))?;
@@ -265,6 +320,7 @@ impl TrainConfig {
         for note in &self.notes {
             reporter.note(&format!("note: {note}"))?;
         }
+        let estimate = MemoryEstimate::new(&backend, self.weights.config(), plan.batch_size, plan.seq_len)?;
         let mut model = Model::new(backend, &self.weights)?;
         // From here on the weights live on the device.
         drop(self.weights);
@@ -288,7 +344,11 @@ impl TrainConfig {
             Some((only, None)) => reporter.note(&format!("done: validation loss {}", loss(only)))?,
             None => {}
         }
-        self.outputs.advice().iter().try_for_each(|line| reporter.note(line))
+        if show != Show::Brief {
+            self.outputs.advice().iter().try_for_each(|line| reporter.note(line))?;
+        }
+        let step_tokens = (plan.batch_size * plan.seq_len * plan.grad_accum) as u64;
+        Ok(Trained { steps: plan.steps, step_tokens, memory_bytes: estimate.total() })
     }
 }
 
@@ -308,7 +368,7 @@ fn describe(
         "model {name}: C={channels} L={num_layers} NH={num_heads} T={max_seq_len} V={vocab_size}, {count} parameters"
     ))?;
     for (layer, param) in [("FC1", Param::Fcw), ("FC2", Param::Fcprojw)] {
-        reporter.note(&format!("  {layer} {}", describe_layer(table, param)))?;
+        reporter.note(&format!("  {layer} {}", describe_layer(weights, param)))?;
     }
     let TrainPlan { steps, batch_size, seq_len, grad_accum, learning_rate, schedule, warmup, hyper, .. } = plan;
     let tokens = grouped(train.num_tokens());
@@ -328,14 +388,16 @@ fn describe(
     reporter.note(&format!("device: {device}"))
 }
 
-fn describe_layer(table: &ParamTable, param: Param) -> String {
-    match table.band(param) {
-        None => "dense".to_string(),
-        Some((band, _)) if band.cuts_nothing() => {
-            format!("bandwidth {} keeps every connection: the same as dense", band.bandwidth())
+fn describe_layer(weights: &Weights, param: Param) -> String {
+    let (config, table) = (weights.config(), weights.table());
+    let bandwidth = if param == Param::Fcw { config.fc1_bandwidth } else { config.fc2_bandwidth };
+    let (_, dense) = stored_elements(config, table, param);
+    match table.weights(config, param) {
+        _ if bandwidth.is_dense() && config.mlp_width() != config.full_mlp_width() => {
+            format!("dense, of width {} instead of {}", config.mlp_width(), config.full_mlp_width())
         }
-        Some((band, _)) => {
-            format!("bandwidth {}: {:.3} % of its connections", band.bandwidth(), 100.0 * band.density())
-        }
+        _ if bandwidth.is_dense() => "dense".to_string(),
+        kept if kept == dense => format!("bandwidth {bandwidth} keeps every connection: the same as dense"),
+        kept => format!("bandwidth {bandwidth}: {:.3} % of its connections", 100.0 * kept as f64 / dense as f64),
     }
 }

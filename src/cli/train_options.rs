@@ -2,12 +2,14 @@
 
 use super::device::{BackendName, DeviceArgs, Precision};
 use super::parse;
+use crate::bandwidths::Bandwidths;
 use crate::data::Shuffle;
 use crate::error::{Error, Result};
 use crate::every::Every;
 use crate::optim::{Recipe, Schedule};
 use crate::output::shortened;
 use clap::builder::NonEmptyStringValueParser;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Read;
@@ -50,16 +52,25 @@ pub struct TrainOptions {
     #[arg(long, value_name = "NAME", help_heading = "Model", conflicts_with = "init")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) preset: Option<String>,
-    /// Bandwidth of FC1, 0 is dense [default: the preset's or the model's; also -1]
-    #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
+    /// Bandwidth of FC1, 0 is dense; by block a ramp 1024..256 or a list 1024,512,0 [default: the preset's or the model's;
+    /// also -1]
+    #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) fc1_bandwidth: Option<usize>,
-    /// Bandwidth of FC2, 0 is dense [default: the preset's or the model's]
-    #[arg(long, short = '2', value_parser = parse::bandwidth, value_name = "N", help_heading = "Model",
+    pub(super) fc1_bandwidth: Option<Bandwidths>,
+    /// Bandwidth of FC2, likewise [default: the preset's or the model's]
+    #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) fc2_bandwidth: Option<usize>,
+    pub(super) fc2_bandwidth: Option<Bandwidths>,
+    /// Width of the MLP [default: 4C, or the model's]
+    #[arg(long, value_parser = parse::positive, value_name = "N", help_heading = "Model", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) mlp_width: Option<usize>,
+    /// Multiply the fresh weights of banded layers by sqrt(dense / kept connections)
+    #[arg(long, help_heading = "Model", conflicts_with = "init")]
+    #[serde(skip_serializing_if = "is_false")]
+    pub(super) rescale_init: bool,
     /// 1: FC1 and FC2 dense, whatever the bandwidths
     #[arg(long, short = 'd', value_parser = parse::switch, value_name = "0|1", help_heading = "Model", num_args = 0..=1,
           default_missing_value = "1")]
@@ -244,7 +255,7 @@ macro_rules! fill {
 
 impl TrainOptions {
     /// These options, with what they leave open taken from others.
-    fn or(mut self, others: TrainOptions) -> TrainOptions {
+    pub(super) fn or(mut self, others: TrainOptions) -> TrainOptions {
         // A model named here replaces the other's, whichever way that one is named.
         if self.init.is_none() && self.preset.is_none() {
             fill!(self, others: init preset);
@@ -263,10 +274,11 @@ impl TrainOptions {
             }
             fill!(self, others: checkpoint metrics);
         }
-        fill!(self, others: fc1_bandwidth fc2_bandwidth train_data val_data shuffle steps batch_size seq_len grad_accum
+        fill!(self, others: fc1_bandwidth fc2_bandwidth mlp_width train_data val_data shuffle steps batch_size seq_len grad_accum
             learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log
             checkpoint_every keep milestone_every skip_loss_zscore skip_grad_zscore backend adapter precision);
         self.quiet |= others.quiet;
+        self.rescale_init |= others.rescale_init;
         self.resume |= others.resume;
         self
     }
@@ -287,20 +299,14 @@ impl TrainOptions {
     pub(super) fn with_file(self) -> Result<TrainOptions> {
         let Some(path) = self.config.clone() else { return Ok(self) };
         let text = read_text(&path)?;
-        let file: TrainOptions = toml::from_str(&text).map_err(|error| {
-            let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            // The list of what it might be is longer than a sentence.
-            let what = error.message().split(", expected one of").next().unwrap_or_default();
-            let what = shortened(what, MOST_CITED);
-            let advice = "options go by their long names, as in steps = 300, and --help lists them";
-            Error::file(&path, format!("line {line}: {what}; {advice}"))
-        })?;
+        let advice = "options go by their long names, as in steps = 300, and --help lists them";
+        let file: TrainOptions = parse_toml(&path, &text, advice)?;
         file.check(&path)?;
         Ok(self.or(file))
     }
 
     /// Holds values from a file to what the command line accepts.
-    fn check(&self, path: &Path) -> Result<()> {
+    pub(super) fn check(&self, path: &Path) -> Result<()> {
         let command = <TrainOptions as clap::Args>::augment_args(clap::Command::new("file").no_binary_name(true));
         let table = toml::Value::try_from(self).map_err(|error| Error::file(path, error.to_string()))?;
         let values = table.as_table().into_iter().flatten().filter(|(_, value)| !value.is_bool());
@@ -318,8 +324,24 @@ impl TrainOptions {
 /// Characters of a complaint about a file of options, which cites keys and values: more than any sensible one has.
 const MOST_CITED: usize = 300;
 
+/// What a file of options says.
+///
+/// # Errors
+/// [`Error::File`] naming the line that is none, with this advice.
+pub(super) fn parse_toml<T: DeserializeOwned>(path: &Path, text: &str, advice: &str) -> Result<T> {
+    toml::from_str(text).map_err(|error| {
+        let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+        // The list of what it might be is longer than a sentence.
+        let what = error.message().split(", expected one of").next().unwrap_or_default();
+        Error::file(path, format!("line {line}: {}; {advice}", shortened(what, MOST_CITED)))
+    })
+}
+
 /// The text of a file of options.
-fn read_text(path: &Path) -> Result<String> {
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] when it is too long or no text.
+pub(super) fn read_text(path: &Path) -> Result<String> {
     const MOST_BYTES: u64 = 1 << 20;
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::io("open", path))?;

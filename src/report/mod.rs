@@ -68,6 +68,8 @@ pub enum Show {
     Nothing,
     /// A live line on a terminal, a line for each step in a pipe.
     Lines,
+    /// As lines, but in a pipe without one for each step, and nowhere the samples: one run among many.
+    Brief,
     /// The whole terminal.
     Dashboard,
 }
@@ -89,6 +91,7 @@ pub struct ReportFiles {
 enum Screen {
     Nothing,
     Lines,
+    Notes,
     Bar(ProgressBar),
     Dashboard(Dashboard),
 }
@@ -98,13 +101,14 @@ impl Screen {
         Ok(match show {
             Show::Nothing => Screen::Nothing,
             Show::Dashboard => Screen::Dashboard(Dashboard::start(steps, device)?),
-            Show::Lines if std::io::stdout().is_terminal() && std::io::stderr().is_terminal() => {
+            Show::Lines | Show::Brief if std::io::stdout().is_terminal() && std::io::stderr().is_terminal() => {
                 let bar = ProgressBar::new(steps);
                 let style = ProgressStyle::with_template("{bar:24} {pos}/{len} {msg} ETA {eta}");
                 bar.set_style(style.expect("the template is well formed"));
                 Screen::Bar(bar)
             }
             Show::Lines => Screen::Lines,
+            Show::Brief => Screen::Notes,
         })
     }
 }
@@ -142,6 +146,7 @@ type Begin = Box<dyn FnOnce() -> Result<()>>;
 /// Sends what happens to everyone who asked for it.
 pub struct Reporter {
     steps: u64,
+    brief: bool,
     screen: Screen,
     /// What is to be opened by the first report.
     waiting: Option<(ReportFiles, Option<u64>, Begin)>,
@@ -164,7 +169,13 @@ impl Reporter {
         begin: impl FnOnce() -> Result<()> + 'static,
     ) -> Result<Self> {
         let waiting = Some((files.clone(), after, Box::new(begin) as Begin));
-        Ok(Self { steps, screen: Screen::new(show, steps, device)?, waiting, files: OpenFiles::default() })
+        Ok(Self {
+            steps,
+            brief: show == Show::Brief,
+            screen: Screen::new(show, steps, device)?,
+            waiting,
+            files: OpenFiles::default(),
+        })
     }
 
     /// The files, opened when they are asked for first.
@@ -196,7 +207,7 @@ impl Reporter {
         }
         let rate = grouped(*tok_per_s as usize);
         match &self.screen {
-            Screen::Nothing => {}
+            Screen::Nothing | Screen::Notes => {}
             Screen::Dashboard(dashboard) => dashboard.step(record),
             Screen::Bar(bar) => {
                 bar.set_position(*step);
@@ -258,7 +269,10 @@ impl Reporter {
         if let Screen::Dashboard(dashboard) = &self.screen {
             dashboard.sample(record);
         }
-        self.note(&format!("step {step}/{} | sample: {}", self.steps, sample.replace('\n', "\n    ")))
+        match self.brief {
+            true => Ok(()),
+            false => self.note(&format!("step {step}/{} | sample: {}", self.steps, sample.replace('\n', "\n    "))),
+        }
     }
 
     /// A line for the user, above the live line.
@@ -268,7 +282,7 @@ impl Reporter {
     pub fn note(&mut self, text: &str) -> Result<()> {
         match &self.screen {
             Screen::Nothing => Ok(()),
-            Screen::Lines => say!("{text}"),
+            Screen::Lines | Screen::Notes => say!("{text}"),
             Screen::Bar(bar) => bar.suspend(|| say!("{text}")),
             Screen::Dashboard(dashboard) => {
                 dashboard.note(text);
@@ -284,7 +298,7 @@ impl Reporter {
     pub fn finish(&mut self) -> Result<()> {
         let plain = if matches!(self.screen, Screen::Nothing) { Screen::Nothing } else { Screen::Lines };
         match std::mem::replace(&mut self.screen, plain) {
-            Screen::Nothing | Screen::Lines => {}
+            Screen::Nothing | Screen::Lines | Screen::Notes => {}
             Screen::Bar(bar) => bar.finish_and_clear(),
             Screen::Dashboard(dashboard) => dashboard.close()?,
         }

@@ -6,6 +6,8 @@ use bandtrain::config::{GptConfig, preset};
 use bandtrain::model::{Activations, Model};
 use bandtrain::optim::{Optimizer, Recipe};
 use bandtrain::parity::{self, Row};
+use bandtrain::shapes::Param;
+use bandtrain::tolerance::{Tolerance, UNIT_F32, compare};
 use bandtrain::weights::Weights;
 
 /// The rows of the parity suite on this device.
@@ -23,7 +25,7 @@ pub fn parity_rows<B: Backend>(mut device: B) -> Vec<Row> {
 /// them does so.
 pub fn trained_bits<B: Backend>(device: B) -> Vec<u32> {
     const STEPS: usize = 4;
-    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256, ..preset("toy").unwrap().model };
+    let config = GptConfig { num_layers: 2, fc2_bandwidth: 256.into(), ..preset("toy").unwrap().model };
     let mut model = Model::new(device, &Weights::init(&config, 3).unwrap()).unwrap();
     let mut acts = Activations::new(&mut model, 2, 100, true).unwrap();
     let mut optimizer = Optimizer::new(&mut model).unwrap();
@@ -53,4 +55,35 @@ pub fn assert_same(first: &[u32], second: &[u32], what: &str) {
     let Some(&index) = different.first() else { return };
     let [a, b] = [first, second].map(|bits| f32::from_bits(bits[index]));
     panic!("{what}: {} of {} values differ, the first is value {index}: {a:e} and {b:e}", different.len(), first.len());
+}
+
+/// Holds the gradients of a model whose blocks have other bandwidths each, some none, and an MLP of an odd width, to the
+/// reference's, in fp32.
+///
+/// # Panics
+/// When they differ by more than their tolerance.
+pub fn check_uneven_layers<B: Backend>(device: B) {
+    let (fc1, fc2) = ("64,0,150,16".parse().unwrap(), "8..190".parse().unwrap());
+    let toy = preset("toy").unwrap().model;
+    let config = GptConfig { fc1_bandwidth: fc1, fc2_bandwidth: fc2, ..toy }.with_mlp_width(201);
+    let weights = Weights::init(&config, 4).unwrap();
+    let (actual, expected) = (gradients(device, &weights), gradients(Cpu::new(), &weights));
+    let tolerance = Tolerance::of_gradient(UNIT_F32, &config, 50, 100).with_gelu();
+    for tensor in weights.table().tensors() {
+        let range = tensor.span.range();
+        // The keys' biases shift all of a query's scores alike: their gradient is 0 but for rounding.
+        let range = if tensor.param == Param::Qkvb { range.start..range.start + 128 } else { range };
+        let worst = compare(&actual[range.clone()], &expected[range], tolerance);
+        assert!(worst.ratio() <= 1.0, "{}: {worst}", tensor.name());
+    }
+}
+
+fn gradients<B: Backend>(device: B, weights: &Weights) -> Vec<f32> {
+    let mut model = Model::new(device, weights).unwrap();
+    let mut acts = Activations::new(&mut model, 2, 50, true).unwrap();
+    let mut optimizer = Optimizer::new(&mut model).unwrap();
+    let tokens: Vec<u32> = (0..101).map(|k| k * k * 31 % 257).collect();
+    model.upload_batch(&mut acts, &tokens[..100], &tokens[1..]).unwrap();
+    optimizer.micro_step(&mut model, &mut acts, 0, 1).unwrap();
+    optimizer.grads(&mut model).unwrap()
 }

@@ -97,8 +97,8 @@ fn init_and_convert_keep_the_weights_through_every_format() {
     assert!(place.bytes("b.bin") == place.bytes("e.bin"));
     let weights = |name: &str| load(&place.path(name)).unwrap().weights;
     let (start, dense, rounded) = (weights("a.safetensors"), weights("d.safetensors"), weights("g.safetensors"));
-    assert_eq!((start.config().fc1_bandwidth, start.config().fc2_bandwidth), (64, 100));
-    assert_eq!((dense.config().fc1_bandwidth, rounded.config().fc2_bandwidth), (0, 0));
+    assert_eq!((start.config().fc1_bandwidth, start.config().fc2_bandwidth), (64.into(), 100.into()));
+    assert_eq!((dense.config().fc1_bandwidth, rounded.config().fc2_bandwidth), (0.into(), 0.into()));
     for (param, layer) in [(Param::Wte, 0), (Param::Qkvw, 3), (Param::Fcw, 0), (Param::Fcprojw, 2), (Param::Lnfw, 0)] {
         let [start, dense, rounded] = [&start, &dense, &rounded].map(|weights: &Weights| weights.dense(param, layer));
         assert_eq!(start, dense, "{param:?}");
@@ -201,7 +201,7 @@ fn models_of_any_shape_are_understood() {
     let place = Place::with_model_and_data();
     place.save_model(
         "odd.safetensors",
-        GptConfig { channels: 10, num_heads: 5, fc1_bandwidth: 7, ..TINY },
+        GptConfig { channels: 10, num_heads: 5, fc1_bandwidth: 7.into(), ..TINY },
         Meta::default(),
     );
     place.ok("-e odd.safetensors -i train.bin -j val.bin -n 2 -b 1 -t 5 -v 1 -m 1 -s 1 -g 3 -c m.bin");
@@ -250,7 +250,7 @@ fn converting_can_band_and_says_what_that_cuts() {
     assert!(trained.contains(cut), "{trained} should say: {cut}");
     let dense = place.ok("convert --input banded.safetensors --output dense.safetensors --to safetensors -w 0 -2 0");
     assert!(!dense.contains("cut"), "{dense}");
-    assert_eq!(weights("dense.safetensors").config().fc1_bandwidth, 0);
+    assert_eq!(weights("dense.safetensors").config().fc1_bandwidth, 0.into());
 }
 
 /// The line of an output that begins like this.

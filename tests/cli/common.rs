@@ -1,5 +1,6 @@
 //! A folder to run the program in, and small models and token files to run it on.
 
+use bandtrain::bandwidths::Bandwidths;
 use bandtrain::checkpoint::{Checkpoint, Format, Meta, save};
 use bandtrain::config::{BYTES_VOCAB, GptConfig};
 use bandtrain::weights::Weights;
@@ -18,8 +19,9 @@ pub const TINY: GptConfig = GptConfig {
     max_seq_len: 16,
     vocab_size: BYTES_VOCAB,
     padded_vocab_size: BYTES_VOCAB.next_multiple_of(64),
-    fc1_bandwidth: 0,
-    fc2_bandwidth: 0,
+    mlp_width: None,
+    fc1_bandwidth: Bandwidths::DENSE,
+    fc2_bandwidth: Bandwidths::DENSE,
 };
 
 /// A temporary folder in which the program runs.

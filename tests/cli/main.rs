@@ -8,9 +8,12 @@ mod interrupts;
 mod mistakes;
 mod mistakes_files;
 mod random;
+mod report;
 mod resume;
 mod run_folder;
 #[path = "../skip/mod.rs"]
 mod skip;
 mod spikes;
+mod sweep;
 mod training;
+mod widths;

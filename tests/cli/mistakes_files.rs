@@ -93,7 +93,7 @@ fn broken_checkpoints_are_refused() {
 #[test]
 fn native_checkpoints_cut_anywhere_are_refused() {
     let place = Place::new();
-    place.save_model("good.safetensors", GptConfig { fc1_bandwidth: 16, ..TINY }, Meta::default());
+    place.save_model("good.safetensors", GptConfig { fc1_bandwidth: 16.into(), ..TINY }, Meta::default());
     let good = place.bytes("good.safetensors");
     for share in [1, 3, 7, 9] {
         place.write("bad.safetensors", &good[..good.len() * share / 10]);

@@ -29,7 +29,7 @@ fn a_training_writes_everything_it_promises() {
     assert!(!stdout.contains(['\r', '\u{1b}']), "a pipe gets plain lines:\n{stdout}");
     let checkpoint = load(&place.path("runs/m.safetensors")).unwrap();
     assert_eq!((checkpoint.meta.step, checkpoint.meta.tokenizer.as_deref()), (3, Some("bytes")));
-    assert_eq!(checkpoint.weights.config().fc1_bandwidth, 256);
+    assert_eq!(checkpoint.weights.config().fc1_bandwidth, 256.into());
     assert!(place.read("runs/m.toml").contains("fc1-bandwidth = 256"));
 
     let records = json_lines(&place.path("m.jsonl"));
@@ -174,7 +174,7 @@ fn dense_makes_everything_dense() {
     let stdout = place.ok("--preset toy -d 1 -w 64 -n 1 -b 1 -t 8 -v 0 -s 0 -c m.safetensors");
     assert!(stdout.contains("FC1 dense") && stdout.contains("FC2 dense"), "{stdout}");
     let config = *load(&place.path("m.safetensors")).unwrap().weights.config();
-    assert_eq!((config.fc1_bandwidth, config.fc2_bandwidth), (0, 0));
+    assert_eq!((config.fc1_bandwidth, config.fc2_bandwidth), (0.into(), 0.into()));
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn a_dense_model_is_banded_and_stays_so() {
     let stdout = place.ok(&format!("{TINY_RUN} -n 3 -v 0 -s 0 -w 28"));
     let note = stdout.lines().find(|line| line.starts_with("note: banding FC1 cut ")).expect("a note");
     let weights = load(&place.path("m.safetensors")).unwrap().weights;
-    let band = weights.table().fc1().unwrap();
+    let (band, _) = weights.table().band(Param::Fcw, 0).unwrap();
     // Random weights: their squared norm is cut like their number.
     let cut: f64 = note.split_whitespace().nth(4).unwrap().parse().unwrap();
     assert!((cut / 100.0 - (1.0 - band.density())).abs() < 0.1, "{note} {}", band.density());

@@ -1,0 +1,334 @@
+//! What a sweep varies: patterns of the MLP's connections, how many are kept, in which layers, learning rates and seeds.
+
+use crate::band::Band;
+use crate::bandwidths::Bandwidths;
+use crate::config::GptConfig;
+use crate::error::{Error, Result};
+use crate::shapes::{Param, ParamTable};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// No grid is larger: an honest one is far below, a slip of the keyboard far above.
+const MOST_RUNS: usize = 10_000;
+/// Characters of a bandwidth in a run's name.
+const MOST_IN_NAME: usize = 60;
+/// Narrower MLPs have a multiple of this width where the model's channels have, for the sake of tensor cores.
+const WIDTH_ALIGN: usize = 8;
+
+/// Which connections an MLP keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Pattern {
+    /// All of them.
+    Dense,
+    /// A diagonal band ([`Band`]).
+    Band,
+    /// All of a narrower MLP's, whose weights are as many as those of the band of this amount in these layers.
+    SmallDense,
+}
+
+impl Pattern {
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pattern::Dense => "dense",
+            Pattern::Band => "band",
+            Pattern::SmallDense => "small-dense",
+        }
+    }
+
+    /// Whether it is cut to a bandwidth or a density; all but dense ones are.
+    fn is_cut(self) -> bool {
+        self != Pattern::Dense
+    }
+}
+
+/// The layers of an MLP that a pattern cuts; the other one stays dense.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layers {
+    /// FC1, C -> W.
+    Fc1,
+    /// FC2, W -> C.
+    Fc2,
+    /// Both.
+    Both,
+}
+
+impl Layers {
+    /// Its name in files.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layers::Fc1 => "fc1",
+            Layers::Fc2 => "fc2",
+            Layers::Both => "both",
+        }
+    }
+
+    /// A value for FC1 and one for FC2: `cut` where this cuts, else `dense`.
+    fn of<T: Clone>(self, cut: T, dense: T) -> (T, T) {
+        match self {
+            Layers::Fc1 => (cut, dense),
+            Layers::Fc2 => (dense, cut),
+            Layers::Both => (cut.clone(), cut),
+        }
+    }
+}
+
+/// How much of a layer is kept.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Amount {
+    /// Bandwidths in wide elements.
+    Bandwidth(Bandwidths),
+    /// A share of the connections, above 0 and below 1: the bandwidth that comes nearest to it.
+    Density(f64),
+}
+
+impl fmt::Display for Amount {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Amount::Bandwidth(bandwidths) => {
+                let text = bandwidths.to_string();
+                // A folder's name has an end; a long list goes by its checksum.
+                match text.len() > MOST_IN_NAME {
+                    true => write!(f, "list-{:08x}", crc32c::crc32c(text.as_bytes())),
+                    false => f.write_str(&text),
+                }
+            }
+            Amount::Density(density) => write!(f, "density{density}"),
+        }
+    }
+}
+
+/// One grid as a sweep's file tells it: the product of its lists.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Grid {
+    /// Patterns; at least one.
+    pub pattern: Vec<Pattern>,
+    /// Bandwidths of the patterns that are cut: numbers, ramps or lists over the depth. Either these or densities.
+    pub bandwidth: Vec<Bandwidths>,
+    /// Densities of the patterns that are cut.
+    pub density: Vec<f64>,
+    /// The layers that are cut.
+    pub layers: Vec<Layers>,
+    /// Learning rates; none takes the training's own.
+    pub learning_rate: Vec<f64>,
+    /// Seeds; none takes the training's default.
+    pub seed: Vec<u64>,
+}
+
+/// One point of a grid: what a run varies.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Point {
+    /// Which connections are kept.
+    pub pattern: Pattern,
+    /// How many, in which layers; `None` when dense.
+    pub cut: Option<(Layers, Amount)>,
+    /// The learning rate, where the grid gives one.
+    pub learning_rate: Option<f64>,
+    /// The seed of weights, batch order and samples.
+    pub seed: u64,
+}
+
+/// The seed of a training that names none.
+pub const DEFAULT_SEED: u64 = 42;
+
+impl Grid {
+    /// The grid's points, in the order of its lists; the seeds vary fastest.
+    ///
+    /// # Errors
+    /// A sentence on the first list that is missing, empty where it must not be, or holds what makes no sense.
+    pub fn points(&self) -> std::result::Result<Vec<Point>, String> {
+        self.check()?;
+        let amounts: Vec<Amount> = match self.bandwidth.is_empty() {
+            false => self.bandwidth.iter().map(|&bandwidth| Amount::Bandwidth(bandwidth)).collect(),
+            true => self.density.iter().map(|&density| Amount::Density(density)).collect(),
+        };
+        let rates: Vec<_> = match self.learning_rate.as_slice() {
+            [] => vec![None],
+            rates => rates.iter().copied().map(Some).collect(),
+        };
+        let seeds = if self.seed.is_empty() { &[DEFAULT_SEED] } else { self.seed.as_slice() };
+        let mut points = Vec::new();
+        for &pattern in &self.pattern {
+            let cuts: Vec<_> = match pattern.is_cut() {
+                false => vec![None],
+                true => {
+                    let product = |&layers: &Layers| amounts.iter().map(move |amount| Some((layers, amount.clone())));
+                    self.layers.iter().flat_map(product).collect()
+                }
+            };
+            if points.len() + cuts.len().saturating_mul(rates.len()).saturating_mul(seeds.len()) > MOST_RUNS {
+                return Err(format!("it has more than {MOST_RUNS} runs; shorten its lists"));
+            }
+            for (cut, learning_rate) in cuts.iter().flat_map(|cut| rates.iter().map(move |rate| (cut, *rate))) {
+                let point = |&seed: &u64| Point { pattern, cut: cut.clone(), learning_rate, seed };
+                points.extend(seeds.iter().map(point));
+            }
+        }
+        Ok(points)
+    }
+
+    fn check(&self) -> std::result::Result<(), String> {
+        let cut = self.pattern.iter().any(|pattern| pattern.is_cut());
+        let amounts = [("bandwidth", self.bandwidth.len()), ("density", self.density.len())];
+        let names = |kind: &str| format!("give {kind} = [...]");
+        if self.pattern.is_empty() {
+            return Err("it lacks its patterns; give pattern = [\"dense\", \"band\"] or one of them".to_string());
+        }
+        match amounts {
+            [(_, 0), (_, 0)] if cut => return Err(format!("it cuts layers, but not to what; {}", names("bandwidth"))),
+            [(_, 1..), (_, 1..)] => return Err("it gives bandwidth and density; leave one of them out".to_string()),
+            _ => {}
+        }
+        if cut && self.layers.is_empty() {
+            return Err(
+                "it cuts layers, but not which; give layers = [\"fc1\", \"fc2\", \"both\"] or one of them".into()
+            );
+        }
+        if !cut && (amounts.iter().any(|(_, len)| *len > 0) || !self.layers.is_empty()) {
+            return Err("it cuts nothing, so that bandwidth, density and layers mean nothing; leave them out".into());
+        }
+        if self.bandwidth.iter().any(|bandwidths| bandwidths.is_dense()) {
+            return Err("bandwidth holds 0, which means dense; list \"dense\" under pattern instead".into());
+        }
+        if let Some(density) = self.density.iter().find(|density| !(**density > 0.0 && **density < 1.0)) {
+            return Err(format!("density holds {density}, but it must lie between 0 and 1"));
+        }
+        if let Some(rate) = self.learning_rate.iter().find(|rate| !(rate.is_finite() && **rate > 0.0)) {
+            return Err(format!("learning-rate holds {rate}, but it must be above 0"));
+        }
+        if let Some(seed) = self.seed.iter().find(|seed| **seed > u64::from(u32::MAX)) {
+            return Err(format!("seed holds {seed}, but it must be at most {}", u32::MAX));
+        }
+        self.check_repetitions()
+    }
+
+    fn check_repetitions(&self) -> std::result::Result<(), String> {
+        let texts = |values: &[f64]| values.iter().map(f64::to_string).collect();
+        let lists: [(&str, Vec<String>); 6] = [
+            ("pattern", self.pattern.iter().map(|pattern| pattern.name().to_string()).collect()),
+            ("bandwidth", self.bandwidth.iter().map(Bandwidths::to_string).collect()),
+            ("density", texts(&self.density)),
+            ("layers", self.layers.iter().map(|layers| layers.name().to_string()).collect()),
+            ("learning-rate", texts(&self.learning_rate)),
+            ("seed", self.seed.iter().map(u64::to_string).collect()),
+        ];
+        for (key, values) in lists {
+            let mut seen = BTreeSet::new();
+            if let Some(twice) = values.iter().find(|value| !seen.insert(value.as_str())) {
+                return Err(format!("{key} holds {twice} twice"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Point {
+    /// What it has in common with the runs of other seeds: `band-fc1-1024`, with `-lr1e-3` where the grid varies that.
+    pub fn group(&self) -> String {
+        let mut name = self.pattern.name().to_string();
+        if let Some((layers, amount)) = &self.cut {
+            name = format!("{name}-{}-{amount}", layers.name());
+        }
+        match self.learning_rate {
+            Some(rate) => format!("{name}-lr{rate:e}"),
+            None => name,
+        }
+    }
+
+    /// The run's name, its folder's too: the group's with `-s42`.
+    pub fn name(&self) -> String {
+        format!("{}-s{}", self.group(), self.seed)
+    }
+
+    /// The model's sizes, from those of the dense model.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when the pattern does not fit the sizes.
+    pub fn config(&self, dense: &GptConfig) -> Result<GptConfig> {
+        let dense = GptConfig { fc1_bandwidth: Bandwidths::DENSE, fc2_bandwidth: Bandwidths::DENSE, ..*dense };
+        let Some((layers, amount)) = &self.cut else { return Ok(dense) };
+        let (narrow, wide) = (dense.channels, dense.mlp_width());
+        let bandwidths = match *amount {
+            Amount::Bandwidth(bandwidths) => bandwidths,
+            Amount::Density(density) => Band::bandwidth_of_density(narrow, wide, density)?.into(),
+        };
+        let (fc1_bandwidth, fc2_bandwidth) = layers.of(bandwidths, Bandwidths::DENSE);
+        let banded = GptConfig { fc1_bandwidth, fc2_bandwidth, ..dense };
+        let (kept, all) = (mlp_weights(&banded)?, mlp_weights(&dense)?);
+        if kept == all {
+            return Err(Error::usage(format!(
+                "bandwidth {bandwidths} cuts nothing of a layer of {narrow} x {wide}; choose one below {} or the pattern dense",
+                2 * wide
+            )));
+        }
+        match self.pattern {
+            Pattern::Dense => Ok(dense),
+            Pattern::Band => Ok(banded),
+            Pattern::SmallDense => Ok(dense.with_mlp_width(width_of(&dense, kept))),
+        }
+    }
+}
+
+/// Weights of FC1 and FC2 in all layers.
+fn mlp_weights(config: &GptConfig) -> Result<usize> {
+    let table = ParamTable::new(config)?;
+    Ok(table.weights(config, Param::Fcw) + table.weights(config, Param::Fcprojw))
+}
+
+/// The width of the dense MLPs whose weights come nearest to `kept` in all layers.
+fn width_of(dense: &GptConfig, kept: usize) -> usize {
+    let of_width = 2 * dense.channels * dense.num_layers;
+    let step = if dense.channels.is_multiple_of(WIDTH_ALIGN) { WIDTH_ALIGN } else { 1 };
+    let steps = (kept + of_width * step / 2) / (of_width * step);
+    (steps * step).max(step)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::preset;
+
+    fn points(text: &str) -> Vec<Point> {
+        toml::from_str::<Grid>(text).unwrap().points().unwrap()
+    }
+
+    #[test]
+    fn a_grid_is_the_product_of_its_lists() {
+        let text = "pattern = ['dense', 'band', 'small-dense']\nbandwidth = [1024, '1024..256']\nlayers = ['fc1', 'both']\n\
+                    seed = [1, 2]\nlearning-rate = [3e-4]";
+        let names: Vec<String> = points(text).iter().map(Point::name).collect();
+        assert_eq!(names.len(), 2 * (1 + 4 + 4));
+        assert_eq!([names[0].as_str(), &names[1]], ["dense-lr3e-4-s1", "dense-lr3e-4-s2"]);
+        assert_eq!(names[5], "band-fc1-1024..256-lr3e-4-s2");
+        assert_eq!(names[17], "small-dense-both-1024..256-lr3e-4-s2");
+        let text = format!("pattern = ['band']\nlayers = ['fc2']\nbandwidth = ['{}']", vec!["100"; 64].join(","));
+        assert_eq!(points(&text)[0].name().len(), "band-fc2-list-01234567-s42".len());
+    }
+
+    #[test]
+    fn a_small_dense_mlp_has_as_many_weights_as_the_band() {
+        let model = preset("tinystories-51m").unwrap().model;
+        let text = "pattern = ['band', 'small-dense']\nbandwidth = [1024, 512, 256, '1024..256']\nlayers = ['fc1', 'fc2', 'both']";
+        let points = points(text);
+        let (bands, small) = points.split_at(points.len() / 2);
+        for (band, small) in bands.iter().zip(small) {
+            assert_eq!(band.cut, small.cut);
+            let [band, small] = [band, small].map(|point| point.config(&model).unwrap());
+            let [kept, weights] = [&band, &small].map(|config| mlp_weights(config).unwrap() as f64);
+            assert!((weights / kept - 1.0).abs() < 0.01, "{weights} {kept}");
+            assert_eq!(small.mlp_width() % 8, 0);
+        }
+        assert_eq!(small[0].config(&model).unwrap().mlp_width, Some(1472));
+    }
+
+    #[test]
+    fn a_density_is_kept_as_nearly_as_bandwidths_allow() {
+        let model = preset("tinystories-51m").unwrap().model;
+        let config = points("pattern = ['band']\ndensity = [0.4379]\nlayers = ['fc1']")[0].config(&model).unwrap();
+        assert_eq!((config.fc1_bandwidth, config.fc2_bandwidth), (1024.into(), 0.into()));
+    }
+}
