@@ -108,7 +108,7 @@ fn files_packed_with_other_constants_are_packed_anew() {
             let layer = name.as_bytes()[2] as usize - b'0' as usize;
             let (param, stride) =
                 if name.ends_with("fcw") { (Param::Fcw, (40, 1)) } else { (Param::Fcprojw, (1, 160)) };
-            let (band, _) = before.weights.table().band(param).unwrap();
+            let (band, _) = before.weights.table().band(param, 0).unwrap();
             let dense = before.weights.dense(param, layer);
             let values = packed(band, |j, i| dense[j * stride.0 + i * stride.1], panel_rows, align);
             (vec![values.len()], bytemuck::cast_slice(&values).to_vec())
@@ -240,7 +240,7 @@ fn a_chain_of_conversions_loses_nothing_but_the_band() {
     for format in [Format::Safetensors, Format::Hf, Format::Llmc, Format::Safetensors, Format::Llmc, Format::Hf] {
         checkpoint = through(&checkpoint, format);
     }
-    let (banded, cut) = checkpoint.weights.rebanded(36, 50).unwrap();
+    let (banded, cut) = checkpoint.weights.rebanded(36.into(), 50.into()).unwrap();
     assert_eq!(banded.values(), sample(ODD).weights.values());
     assert!(cut.iter().all(|cut| cut.abs() < 1e-12), "{cut:?}");
 }

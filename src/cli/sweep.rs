@@ -16,10 +16,9 @@ use crate::energy::EnergyMeter;
 use crate::error::{Error, Result};
 use crate::interrupt;
 use crate::output::{self, grouped, loss};
-use crate::report::{LineFile, Show};
+use crate::report::Show;
 use crate::say;
 use crate::sweep::{self, Energy, Facts, Measured, Outcome, PAGE_FILE, Results, Row, Status};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, TryLockError};
 use std::io::ErrorKind;
@@ -428,82 +427,26 @@ fn train_one(run: &Planned) -> Result<Outcome> {
                 Err(error) => return Ok(Outcome::Failed(error.to_string())),
                 Ok(measured) => measured,
             };
-            let from = last_start(&run.folder)?;
-            measured.wall_seconds = (from == 0).then(|| start.elapsed().as_secs_f64());
-            measured.energy = Energy::from(whole_energy(&run.folder, from, ended.energy)?);
+            let whole = sweep::last_start(&run.folder)? == 0;
+            measured.wall_seconds = whole.then(|| start.elapsed().as_secs_f64());
+            measured.energy = Energy::from(match ended.energy {
+                Err(why) => Err(why),
+                Ok(joules) => sweep::whole_energy(&run.folder, joules)?
+                    .ok_or_else(|| "the run was ended by force, and what it had taken until then was lost".to_string()),
+            });
             measured.memory_bytes = trained.memory_bytes;
             (measured.device, measured.version) = (ended.device, VERSION.to_string());
             Ok(Outcome::Done(measured))
         }
         Err(Error::Interrupted(text)) => {
-            keep_energy(&run.folder, ended.energy)?;
+            if let Ok(joules) = ended.energy {
+                sweep::keep_energy(&run.folder, joules)?;
+            }
             Err(Error::Interrupted(format!("{text}; the same command goes on with the sweep")))
         }
         Err(error @ (Error::StdoutClosed | Error::Io { .. })) => Err(error),
         Err(error) => Ok(Outcome::Failed(error.to_string())),
     }
-}
-
-/// The energy of a part of a run.
-#[derive(Serialize, Deserialize)]
-struct Segment {
-    from: u64,
-    to: u64,
-    joules: f64,
-}
-
-fn segments_file(folder: &Path) -> PathBuf {
-    folder.join("energy.jsonl")
-}
-
-/// Keeps what an interrupted run has taken so far.
-fn keep_energy(folder: &Path, joules: std::result::Result<f64, String>) -> Result<()> {
-    let Ok(joules) = joules else { return Ok(()) };
-    let to = last_step(&folder.join("metrics.jsonl"))?;
-    LineFile::append(&segments_file(folder))?.json(&Segment { from: last_start(folder)?, to, joules })
-}
-
-/// The energy of a run from its beginning, whose last part began after the step `from`.
-fn whole_energy(
-    folder: &Path,
-    mut from: u64,
-    last: std::result::Result<f64, String>,
-) -> Result<std::result::Result<f64, String>> {
-    let Ok(mut joules) = last else { return Ok(last) };
-    let mut segments: Vec<Segment> = records(&segments_file(folder))?;
-    while from > 0 {
-        match segments.pop() {
-            Some(segment) if segment.to == from => (from, joules) = (segment.from, joules + segment.joules),
-            Some(_) => {}
-            None => {
-                return Ok(Err("the run was ended by force, and with it its energy until then was lost".to_string()));
-            }
-        }
-    }
-    Ok(Ok(joules))
-}
-
-/// The step after which a run was started the last time.
-fn last_start(folder: &Path) -> Result<u64> {
-    last_step(&folder.join("starts.jsonl"))
-}
-
-/// The step that the last line of a file of records is about; 0 when there is none.
-fn last_step(path: &Path) -> Result<u64> {
-    #[derive(Deserialize)]
-    struct Record {
-        step: u64,
-    }
-    Ok(records::<Record>(path)?.last().map_or(0, |record| record.step))
-}
-
-/// The lines of a file that are records; none when there is no file.
-fn records<T: for<'a> Deserialize<'a>>(path: &Path) -> Result<Vec<T>> {
-    let text = match std::fs::read_to_string(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => String::new(),
-        text => text.map_err(Error::io("read", path))?,
-    };
-    Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect())
 }
 
 fn describe(facts: &Facts) -> String {

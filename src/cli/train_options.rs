@@ -331,8 +331,10 @@ const MOST_CITED: usize = 300;
 pub(super) fn parse_toml<T: DeserializeOwned>(path: &Path, text: &str, advice: &str) -> Result<T> {
     toml::from_str(text).map_err(|error| {
         let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-        // The list of what it might be is longer than a sentence.
-        let what = error.message().split(", expected one of").next().unwrap_or_default();
+        // The list of what a key might be is longer than a sentence.
+        let what = error.message();
+        let what =
+            if what.starts_with("unknown field") { what.split(", expected").next().unwrap_or(what) } else { what };
         Error::file(path, format!("line {line}: {}; {advice}", shortened(what, MOST_CITED)))
     })
 }

@@ -8,8 +8,10 @@ mod grid;
 mod outcome;
 mod page;
 mod results;
+mod segments;
 
 pub use grid::{Amount, DEFAULT_SEED, Grid, Layers, Pattern, Point};
 pub use outcome::{Energy, Facts, Measured, Outcome, Status};
 pub use page::{PAGE_FILE, write as write_page};
 pub use results::{Group, Results, Row, Spread};
+pub use segments::{keep_energy, last_start, whole_energy};
