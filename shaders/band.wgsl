@@ -13,7 +13,8 @@
 //   rows); outer: groups among which the rows of all tiles (bm wide rows x bn columns of their windows) are dealt out.
 //   After the table comes a list of such tiles: row, column, and the depth from start to end that the band joins to them
 //   and to each `slice` of their columns. What the band does not touch has no group and is not loaded, and threads whose
-//   slice it does not touch do not multiply.
+//   slice it does not touch do not multiply. Of outer a tile's start and end are the columns of the narrow side that it sums
+//   up for a bias gradient (`sum_narrow`), so that each column is one tile's; of its wide rows (`sum_wide`) the first tile does.
 // Determinism: each element is summed by one thread in a fixed order; parts of tiles are added up by reduce.wgsl.
 // Caller: src/backend/wgpu/band.rs.
 {% import "matrix.wgsl" as matrix %}
@@ -88,6 +89,11 @@ fn inside(exists: bool, c: u32, c_end: u32) -> u32 {
 @group(0) @binding(2) var<storage, read> wide: array<{{ "vec4<Element>" if vec else "Element" }}>;
 @group(0) @binding(3) var<storage, read> narrow: array<{{ "vec4<Element>" if vec else "Element" }}>;
 @group(0) @binding(4) var<storage, read_write> gradient: array<vec4<f32>>;
+{%- set summed = "wide" if sum_wide else "narrow" if sum_narrow else "" %}
+{%- if summed %}
+// Per part of the rows, as many as `gradient` has: the sums of an operand's columns, whose number is rounded up to fours.
+@group(0) @binding(5) var<storage, read_write> column_sums: array<vec4<f32>>;
+{%- endif %}
 {#- Four elements of row m from column c. What is read for columns beyond the last makes sums that no one stores. -#}
 {% macro activations(name, axis) %}
 {%- if whole %}
@@ -120,11 +126,25 @@ fn finish(j: u32, i: u32, share: u32, sums: vec4<f32>) {
     gradient[at] = select(vec4<f32>(), value, kept);
 }
 
+{%- if summed %}
+// Stores the sums of four columns, those numbered `four` from `first` on, if they lie between `start` and `end`.
+fn keep_total(first: u32, start: u32, end: u32, four: u32, share: u32, total: vec4<f32>) {
+    let c = first + four * 4u;
+    if (c < start || c >= end) { return; }
+    column_sums[share * ((p.{{ summed }} + 3u) / 4u) + c / 4u] = total;
+}
+{%- endif %}
+
 {%- set left = {"by_depth": true, "of": "wide_of", "first": "area.row", "context": ", end"} %}
 {%- set right = {"by_depth": true, "of": "narrow_of", "first": "area.col", "context": ", end"} %}
 {%- if whole %}
 {%- set left = {"by_depth": true, "walk": {"name": "wide", "start": "wide_start(k + kb * 4u, area.row + rb * 4u)", "stride": "(p.wide / 4u)"}} %}
 {%- set right = {"by_depth": true, "walk": {"name": "narrow", "start": "narrow_start(k + kb * 4u, area.col + rb * 4u)", "stride": "(p.narrow / 4u)"}} %}
+{%- endif %}
+{%- if sum_wide %}
+{%- set left = dict(left, total="summing") %}
+{%- elif sum_narrow %}
+{%- set right = dict(right, total="summing") %}
 {%- endif %}
 @compute @workgroup_size({{ threads }})
 fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgroup) }}) {
@@ -136,6 +156,15 @@ fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgrou
 {%- if slice < bn %}
     let own = slice_of(area, slice);
 {%- endif %}
+{%- if sum_wide %}
+    // The first of its rows' tiles sums them up.
+    let summing = tile == 0u || tile_of(max(tile, 1u) - 1u).row != area.row;
+{%- elif sum_narrow %}
+    let summing = area.start < area.end;
+{%- endif %}
+{%- if summed %}
+{{- matrix.totals(tile) }}
+{%- endif %}
 {{ matrix.accumulators("acc", tm, tn) }}
 {{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < own.y" if slice < bn else "") }}
     for (var part = share; part < shares; part += 1u) {
@@ -143,6 +172,13 @@ fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgrou
     finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, slice, tn) }}, part, acc{{ i }}_{{ j }});
 {%- endfor %}{% endfor %}
 {{- matrix.clear("acc", tm, tn) }}
+{%- if summed %}
+        if (summing) {
+{%- call matrix.add_totals(tile, bm if sum_wide else bn, 0 if sum_wide else bm * bk // 16) %}
+            keep_total({% if sum_wide %}area.row, 0u, p.wide{% else %}area.col, area.start, min(area.end, p.narrow){% endif %}, four, part, total);
+{%- endcall %}
+        }
+{%- endif %}
     }
 {%- endcall %}
 }
@@ -162,9 +198,9 @@ fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgrou
 {%- endif %}
 {{ matrix.loader("x", vec) }}
 {{- matrix.storer("y", vec, "Element") }}
-{%- if bias %}{{ matrix.loader("bias", vec) }}{% endif %}
+{%- if bias and not vec %}{{ matrix.loader("bias", vec) }}{% endif %}
 {%- if gelu %}{{ matrix.storer("pre", vec, "Element") }}{% endif %}
-{%- if gelu_backward %}{{ matrix.loader("pre", vec) }}{% endif %}
+{%- if gelu_backward and not vec %}{{ matrix.loader("pre", vec) }}{% endif %}
 
 {% if whole -%}
 // The vec4 of x at row m, column c; what is read for rows beyond the last makes results that no one stores.
@@ -207,19 +243,41 @@ fn weight_of(j: u32, i: u32, panel: Panel) -> vec4<f32> {
 }
 {%- endif %}
 
-// What happens to four sums of row m, column c, before they are stored.
-fn finish(m: u32, c: u32, sums: vec4<f32>) {
+{% if bias -%}
+// The bias of four columns from c on. By vec4s it is read, like what x GELU' is of, whether it will be used or not, from the
+// nearest place there is: loads that hang on no condition are on their way together.
+fn bias_of(c: u32) -> vec4<f32> {
+{%- if vec %}
+    return bias[min(c, {{ y_axis }} - 4u) / 4u];
+{%- else %}
+    return load_bias(c, inside(true, c, {{ y_axis }}));
+{%- endif %}
+}
+{%- endif %}
+{%- if gelu_backward -%}
+// Four values before the GELU, of row m from column c on.
+fn pre_of(m: u32, c: u32) -> vec4<f32> {
+{%- if vec %}
+    return vec4<f32>(pre[(min(m, p.rows - 1u) * {{ y_axis }} + min(c, {{ y_axis }} - 4u)) / 4u]);
+{%- else %}
+    return load_pre(m * {{ y_axis }} + c, inside(m < p.rows, c, {{ y_axis }}));
+{%- endif %}
+}
+{%- endif %}
+
+// What happens to four sums of row m, column c, before they are stored; `more` is their bias, or what x GELU' is of.
+fn finish(m: u32, c: u32, sums: vec4<f32>{% if bias or gelu_backward %}, more: vec4<f32>{% endif %}) {
     let valid = inside(m < p.rows, c, {{ y_axis }});
     let at = m * {{ y_axis }} + c;
     var value = sums;
 {%- if bias %}
-    value += load_bias(c, valid);
+    value += more;
 {%- endif %}
 {%- if gelu %}
     store_pre(at, valid, value);
     value = gelu(value);
 {%- elif gelu_backward %}
-    value *= gelu_derivative(load_pre(at, valid));
+    value *= gelu_derivative(more);
 {%- endif %}
     store_y(at, valid, value);
 }
@@ -259,16 +317,29 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgro
     let start = area.start;
     let end = area.end;
 {%- if entry == "band_expand" %}
-    let low = panel_of(area.row / 64u);
+    let low = panel_of(group / p.tiles * {{ bn // 64 }}u);
 {%- if bn > 64 %}
-    let high = panel_of(min(area.row / 64u + 1u, p.panels - 1u));
+    let high = panel_of(min(group / p.tiles * 2u + 1u, p.panels - 1u));
 {%- endif %}
 {%- endif %}
 {{ matrix.accumulators("acc", tm, tn) }}
 {{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < k && k < own.y + " ~ bk ~ "u" if sliced else "") }}
 {%- set first = "area.row" if entry == "band_expand" else "area.col" %}
-{%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(row0 + {{ matrix.row(i, bm, tm) }}, {{ first }} + {{ matrix.col(j, slice, tn) }}, acc{{ i }}_{{ j }});
+{%- if bias %}{% for j in range(tn // 4) %}
+    let bias{{ j }} = bias_of({{ first }} + {{ matrix.col(j, slice, tn) }});
+{%- endfor %}{% endif %}
+{%- for four in range(0, tm, 4) %}
+    {
+{%- if gelu_backward %}
+{%- for i in range(four, four + 4) %}{% for j in range(tn // 4) %}
+        let pre{{ i }}_{{ j }} = pre_of(row0 + {{ matrix.row(i, bm, tm) }}, {{ first }} + {{ matrix.col(j, slice, tn) }});
 {%- endfor %}{% endfor %}
+{%- endif %}
+{%- for i in range(four, four + 4) %}{% for j in range(tn // 4) %}
+        finish(row0 + {{ matrix.row(i, bm, tm) }}, {{ first }} + {{ matrix.col(j, slice, tn) }}, acc{{ i }}_{{ j }}
+            {%- if bias %}, bias{{ j }}{% elif gelu_backward %}, pre{{ i }}_{{ j }}{% endif %});
+{%- endfor %}{% endfor %}
+    }
+{%- endfor %}
 }
 {%- endif %}

@@ -233,6 +233,11 @@ that all threads have as many. -#}
 {%- else %}
 {{- block(index, operand.by_depth, extent, depth) }}
 {{- fetch(n, operand, depth) }}
+{%- if operand.total %}
+        if ({{ operand.total }}) {
+            total{{ n }} += (part{{ n }}_0 + part{{ n }}_1) + (part{{ n }}_2 + part{{ n }}_3);
+        }
+{%- endif %}
 {%- endif %}
 {%- endmacro -%}
 
@@ -305,6 +310,37 @@ memory while one is multiplied; with two buffers a step has one barrier. -#}
 {{- product_of_groups(acc, tile, left, right, start, end, when) }}
 {%- endif %}
 {% endmacro -%}
+
+{#- An operand that lies across the depth may say in `total` when its rows or columns are to be summed up on their way to the
+tiles: `totals` are a thread's sums, four rows or columns of each of its blocks over some steps of the depth. -#}
+{%- macro totals(tile) %}
+{%- for n in range(((tile.bm + tile.bn) * tile.bk // 16 + tile.threads - 1) // tile.threads) %}
+    var total{{ n }} = vec4<f32>();
+{%- endfor %}
+{%- endmacro -%}
+
+{#- Adds up, in workgroup memory, the totals of an operand of `extent` rows or columns, whose blocks start at `first` of the
+list of all, and runs the body for each four of them: `four` is their number, `total` their sums. The totals are at zero
+again. -#}
+{%- macro add_totals(tile, extent, first) %}
+{%- set count = extent * tile.bk // 16 %}
+    workgroupBarrier();
+{%- for n in range(((tile.bm + tile.bn) * tile.bk // 16 + tile.threads - 1) // tile.threads) %}
+{%- set from = n * tile.threads %}
+{%- if from < first + count and from + tile.threads > first %}
+    if (thread + {{ from }}u - {{ first }}u < {{ count }}u) { tiles[thread + {{ from }}u - {{ first }}u] = total{{ n }}; }
+{%- endif %}
+    total{{ n }} = vec4<f32>();
+{%- endfor %}
+    workgroupBarrier();
+    for (var four = thread; four < {{ extent // 4 }}u; four += {{ tile.threads }}u) {
+        var total = tiles[four];
+{%- for kb in range(1, tile.bk // 4) %}
+        total += tiles[four + {{ kb * extent // 4 }}u];
+{%- endfor %}
+{{ caller() }}
+    }
+{%- endmacro -%}
 
 {#- By lanes that share their rows, straight from memory. -#}
 {%- macro product_of_lanes(acc, tile, left, right, start, end) %}

@@ -3,6 +3,7 @@
 use super::buffer::{Buffer, row_chunks};
 use super::gelu::Gelu;
 use super::pipelines::Kernel;
+use super::reduce::most_parts;
 use super::tuning::{Tile, Tuning};
 use super::{Wgpu, add_word};
 use crate::backend::{BandLinear, BiasGrad, Expansion, Write};
@@ -21,6 +22,8 @@ pub struct Table {
     expand: [List; 2],
     contract: [List; 2],
     outer: List,
+    /// Whether outer's tiles have all columns of the wide side, and of the narrow one: what none has they do not sum up.
+    covers: [bool; 2],
 }
 
 /// Where a list of tiles starts in the table, and how many there are.
@@ -77,19 +80,40 @@ fn contract_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
     (0..band.narrow()).step_by(tile.bn).map(area).collect()
 }
 
-/// Tiles of outer: their depth is not the band's affair; a slice has one where the window reaches it.
+/// Tiles of outer: what stands for their depth are the narrow columns that a tile sums up for a bias gradient; a slice has one
+/// where the window reaches it.
 fn outer_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
     let areas = |(index, panels): (usize, &[Panel])| {
         let window = windows(panels);
         let area = move |col: usize| Area {
             row: index * tile.bm,
             col,
-            depth: 0..0,
+            depth: col..window.end.min(col + tile.bn),
             slices: (col..window.end.min(col + tile.bn)).step_by(slice).map(|_| 0..1).collect(),
         };
         window.clone().step_by(tile.bn).map(area)
     };
-    band.panels().chunks(tile.bm / PANEL_ROWS).enumerate().flat_map(areas).collect()
+    let mut areas: Vec<Area> = band.panels().chunks(tile.bm / PANEL_ROWS).enumerate().flat_map(areas).collect();
+    share_columns(&mut areas);
+    areas
+}
+
+/// Leaves each narrow column to one of the tiles that have it.
+fn share_columns(areas: &mut [Area]) {
+    let mut by_column: Vec<&mut Area> = areas.iter_mut().collect();
+    by_column.sort_by_key(|area| area.col);
+    let mut next = 0;
+    for area in by_column {
+        area.depth.start = area.depth.start.max(next).min(area.depth.end);
+        next = next.max(area.depth.end);
+    }
+}
+
+/// Whether tiles of outer have every column of the wide side, and of the narrow one.
+fn covered(band: &Band, tile: Tile, areas: &[Area]) -> [bool; 2] {
+    let wide = areas.chunk_by(|a, b| a.row == b.row).count() * tile.bm >= band.wide();
+    let narrow: usize = areas.iter().map(|area| area.depth.len()).sum();
+    [wide, narrow >= band.narrow()]
 }
 
 /// The columns that the windows of these panels, which follow each other, span.
@@ -129,8 +153,23 @@ fn product_kernel(
     kernel(tuning, entry, tile, fit).with(&[("bias", u32::from(bias)), gelu])
 }
 
-fn outer_kernel(tuning: &Tuning, fit: Fit, even: bool) -> Kernel {
-    kernel(tuning, OUTER, tuning.outer, fit).with(&[("even", u32::from(even))])
+/// Which operand's columns outer sums up on their way: the template's flag.
+type Summed = Option<&'static str>;
+
+const SUM_WIDE: &str = "sum_wide";
+const SUM_NARROW: &str = "sum_narrow";
+
+fn outer_kernel(tuning: &Tuning, fit: Fit, even: bool, summed: Summed) -> Kernel {
+    let kernel = kernel(tuning, OUTER, tuning.outer, fit).with(&[("even", u32::from(even))]);
+    match summed {
+        Some(flag) => kernel.with(&[(flag, 1)]),
+        None => kernel,
+    }
+}
+
+/// Whether outer can sum up columns: what goes from memory to its registers straight does not pass all threads.
+fn sums_columns(tuning: &Tuning) -> bool {
+    tuning.subgroup == 0
 }
 
 /// Every instantiation.
@@ -145,7 +184,10 @@ pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
             kernels.push(product_kernel(tuning, CONTRACT, tile, fit, true, ("gelu", 0)));
             kernels.push(product_kernel(tuning, CONTRACT, tile, fit, false, ("gelu", 0)));
         }
-        kernels.extend([false, true].map(|even| outer_kernel(tuning, fit, even)));
+        let summed = if sums_columns(tuning) { &[None, Some(SUM_WIDE), Some(SUM_NARROW)][..] } else { &[None] };
+        for &summed in summed {
+            kernels.extend([false, true].map(|even| outer_kernel(tuning, fit, even, summed)));
+        }
     }
     kernels
 }
@@ -222,6 +264,7 @@ impl BandLinear for Wgpu {
         };
         let expand = tuning.expand.map(|tile| list(EXPAND, tile, expand_areas));
         let contract = tuning.contract.map(|tile| list(CONTRACT, tile, contract_areas));
+        let covers = covered(band, tuning.outer, &outer_areas(band, tuning.outer, tuning.outer.bn));
         let outer = list(OUTER, tuning.outer, outer_areas);
         let buffer = self.create("band table", words.len())?;
         self.write_words(&buffer, 0, &words)?;
@@ -234,6 +277,7 @@ impl BandLinear for Wgpu {
             expand,
             contract,
             outer,
+            covers,
         })
     }
 
@@ -309,9 +353,13 @@ impl BandLinear for Wgpu {
         write: Write,
     ) -> Result<()> {
         self.op = "band_outer";
-        match bias {
-            BiasGrad::Wide(span) => self.column_sums(grads.write(span), wide, rows, write)?,
-            BiasGrad::Narrow(span) => self.column_sums(grads.write(span), narrow, rows, write)?,
+        let (span, operand, summed, covered) = match bias {
+            BiasGrad::Wide(span) => (span, wide, SUM_WIDE, table.covers[0]),
+            BiasGrad::Narrow(span) => (span, narrow, SUM_NARROW, table.covers[1]),
+        };
+        let summed = (covered && sums_columns(&self.tuning)).then_some(summed);
+        if summed.is_none() {
+            self.column_sums(grads.write(span), operand, rows, write)?;
         }
         let (tile, list) = (self.tuning.outer, table.outer);
         for (first, count) in row_chunks(rows, table.wide, self.binding_len()) {
@@ -319,7 +367,7 @@ impl BandLinear for Wgpu {
             let part = |cols: usize| Span { offset: first * cols, len: count * cols };
             let deal = self.tuning.deal(tile, list.count, count);
             let fit = table.fit(count, count.is_multiple_of(tile.bk));
-            let kernel = outer_kernel(&self.tuning, fit, deal.even);
+            let kernel = outer_kernel(&self.tuning, fit, deal.even, summed);
             let parts = match deal.shares {
                 1 => None,
                 shares => Some(self.scratch("parts of a product", shares * table.packed_len)?),
@@ -328,12 +376,19 @@ impl BandLinear for Wgpu {
                 None => (grads.write(panels), write),
                 Some(parts) => (parts.write(Span { offset: 0, len: deal.shares * table.packed_len }), Write::Set),
             };
-            let binds = [
+            let mut binds = vec![
                 table.words.read(table.words.all()),
                 wide.read(part(table.wide)),
                 narrow.read(part(table.narrow)),
                 target,
             ];
+            // A part of the sums for each of the product's.
+            let stride = span.len.next_multiple_of(4);
+            let sums = match summed {
+                Some(_) => Some(self.scratch("parts of sums", (deal.shares * stride).max(most_parts(span.len)))?),
+                None => None,
+            };
+            binds.extend(sums.as_ref().map(|sums| sums.write(Span { offset: 0, len: deal.shares * stride })));
             let words = table.words(count, list, deal.words(table.packed_len), target_write);
             let groups = deal.groups();
             let flops = tile.flops(count) * list.count as f64 / groups.max(1) as f64;
@@ -341,7 +396,33 @@ impl BandLinear for Wgpu {
             if let Some(parts) = &parts {
                 self.add_parts(grads.write(panels), parts, 0, table.packed_len, deal.shares, write)?;
             }
+            if let Some(sums) = &sums {
+                self.add_parts(grads.write(span), sums, 0, stride, deal.shares, write)?;
+            }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::wgpu::tuning::TUNINGS;
+
+    #[test]
+    fn every_narrow_column_that_a_window_has_is_summed_up_by_one_tile_of_outer() {
+        for (narrow, wide, width) in [(512, 2048, 1024), (50, 131, 33), (16, 64, 1), (272, 1088, 2176), (96, 384, 7)] {
+            let band = Band::new(narrow, wide, width).unwrap();
+            for tile in TUNINGS.map(|tuning| tuning.outer) {
+                let areas = outer_areas(&band, tile, tile.bn);
+                assert!(areas.iter().all(|area| area.col <= area.depth.start && area.depth.end <= area.col + tile.bn));
+                let mut columns: Vec<usize> = areas.iter().flat_map(|area| area.depth.clone()).collect();
+                columns.sort_unstable();
+                assert!(columns.windows(2).all(|pair| pair[0] < pair[1]), "{narrow} {wide} {width}");
+                let all = (0..narrow).all(|column| columns.binary_search(&column).is_ok());
+                let rows = (0..wide).all(|row| areas.iter().any(|area| (area.row..area.row + tile.bm).contains(&row)));
+                assert_eq!(covered(&band, tile, &areas), [rows, all], "{narrow} {wide} {width}");
+            }
+        }
     }
 }

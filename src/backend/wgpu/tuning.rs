@@ -80,9 +80,9 @@ const PROCESSORS: [(&str, usize); 3] = [("H100 PCIe", 114), ("H100", 132), ("H20
 /// For graphics hardware: 8 x 8 results a thread need the fewest loads from workgroup memory that its registers allow.
 const HARDWARE: Tuning = Tuning {
     dense: [tile([128, 128, 8], [8, 8]), tile([64, 64, 8], [8, 8]), tile([32, 32, 16], [4, 4])],
-    expand: [tile([128, 64, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
+    expand: [tile([256, 64, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
     contract: [tile([128, 128, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
-    outer: tile([128, 96, 8], [8, 8]),
+    outer: tile([128, 96, 8], [8, 12]),
     attention: [Share { span: 64, tm: 4, tn: 4 }, Share { span: 32, tm: 4, tn: 4 }],
     busy_threads: 128 * CORE_THREADS,
     unroll: 8,
@@ -282,10 +282,10 @@ impl Tuning {
         self.dense.into_iter().find(busy).unwrap_or(self.dense[2])
     }
 
-    /// Whether so many groups of a tile's threads are three quarters of what the adapter holds at once: smaller tiles do more
-    /// work than would be won.
+    /// Whether so many groups of a tile's threads are three quarters of what the adapter holds at once, which are fewer where
+    /// a thread has more results: smaller tiles do more work than would be won.
     pub(super) fn is_busy_with(&self, tile: Tile, groups: usize) -> bool {
-        4 * groups * tile.threads() >= 3 * self.busy_threads
+        4 * groups >= 3 * self.resident(tile)
     }
 
     /// The largest tile that a dense result fills, else the smallest.
@@ -453,6 +453,9 @@ mod tests {
         assert_eq!(card.for_result(8192, 512), card.dense[0]);
         assert_eq!(card.for_result(8192, 256), card.dense[2]);
         assert_eq!(card.with_busy_threads(1).for_result(1, 1), card.dense[0]);
+        // 12 x 8 results a thread: three blocks of 128 threads are on a processor, not four.
+        let contract = tile([192, 64, 8], [12, 8]);
+        assert!(card.is_busy_with(contract, 344) && !card.is_busy_with(contract, 296));
     }
 
     #[test]
@@ -478,7 +481,7 @@ mod tests {
         assert_eq!(shares(HARDWARE.dense[0], 48), (240, 205, 5, true));
         assert_eq!(shares(HARDWARE.dense[0], 96), (256, 384, 4, false));
         assert_eq!(shares(HARDWARE.dense[0], 300), (300, 1024, 1, true));
-        assert_eq!(shares(HARDWARE.outer, 44), (256, 176, 7, false));
+        assert_eq!(shares(HARDWARE.outer, 44), (352, 128, 8, true));
         assert_eq!(SOFTWARE.deal(SOFTWARE.dense[0], 96, 8192).shares, 1);
     }
 
