@@ -231,7 +231,7 @@ fn mistakes_in_the_file_are_told() {
 #[test]
 fn the_files_of_the_repository_are_sweeps() {
     let place = Place::new();
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("sweeps");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/sweeps");
     let mut count = 0;
     for file in fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().path()) {
         let list = place.ok(&format!("sweep {} --dry-run", file.display()));
