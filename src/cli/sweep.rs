@@ -242,8 +242,10 @@ impl Sweep {
             say!("\n[{}/{todo}] {}: {}", number + 1, facts.name, describe(facts))?;
             Outcome::remove(folder)?;
             let outcome = train_one(&self.runs[index])?;
-            outcome.write(&self.runs[index].folder)?;
-            self.runs[index].outcome = Some(outcome);
+            let Planned { folder, outcome: known, .. } = &mut self.runs[index];
+            outcome.write(folder)?;
+            // As it will be read from now on: a figure's last bit may get lost in its decimals.
+            *known = Outcome::read(folder)?;
             self.report()?;
             self.clear_checkpoints()?;
             self.tell(index, &due[number + 1..todo])?;
