@@ -222,8 +222,16 @@ fn a_folder_that_is_no_model_is_named() {
     assert!(say().contains("holds pytorch_model.bin"), "{}", say());
     fs::write(folder.path().join("model.safetensors.index.json"), "").unwrap();
     assert!(say().contains("split into several files"), "{}", say());
-    fs::write(folder.path().join("model.safetensors"), &VALID.native).unwrap();
+    let other = hf(|parts| {
+        let tensors = parts.header.as_object_mut().unwrap();
+        let embedding = tensors.remove("wte.weight").unwrap();
+        tensors.insert("embedding.weight".into(), embedding);
+    });
+    fs::write(folder.path().join("model.safetensors"), other).unwrap();
     assert!(say().contains("has no tensor wte.weight"), "{}", say());
+    // What a run's folder holds under this name is a model, without anything beside it.
+    fs::write(folder.path().join("model.safetensors"), &VALID.native).unwrap();
+    assert!(load(folder.path()).is_ok());
     let missing = load(Path::new("no/such/model.bin")).unwrap_err().to_string();
     assert!(missing.starts_with("cannot open no/such/model.bin") && missing.ends_with("; check the path"), "{missing}");
 }
