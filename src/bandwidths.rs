@@ -12,6 +12,8 @@ const MOST: u32 = 1 << 30;
 
 /// Bandwidths by block. In text and in files: `1024`, a ramp from the first block to the last `1024..256`, or one for each
 /// block `1024,512,512,0`. 0 is dense.
+// Inline and not on the heap: a model's sizes are copied as plain values everywhere.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Bandwidths {
     /// The same in every block; 0 is dense.

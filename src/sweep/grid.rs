@@ -77,6 +77,7 @@ impl Layers {
 }
 
 /// How much of a layer is kept.
+#[allow(clippy::large_enum_variant)] // a grid has few of them
 #[derive(Debug, Clone, PartialEq)]
 pub enum Amount {
     /// Bandwidths in wide elements.

@@ -158,7 +158,7 @@ fn charts(results: &Results, groups: &[Group], curves: &[Curves]) -> Result<Vec<
         (
             "Validation loss over time",
             "Time of the training steps alone, without validations, samples and checkpoints.",
-            chart("seconds", true, true, lines(|run| over_time(run))),
+            chart("seconds", true, true, lines(over_time)),
         ),
         (
             "Validation loss at the end over density",
