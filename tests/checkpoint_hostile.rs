@@ -224,7 +224,7 @@ fn a_folder_that_is_no_model_is_named() {
     assert!(say().contains("split into several files"), "{}", say());
     let other = hf(|parts| {
         let tensors = parts.header.as_object_mut().unwrap();
-        let embedding = tensors.remove("wte.weight").unwrap();
+        let embedding = tensors.remove("transformer.wte.weight").unwrap();
         tensors.insert("embedding.weight".into(), embedding);
     });
     fs::write(folder.path().join("model.safetensors"), other).unwrap();
