@@ -8,15 +8,16 @@
 //                   over m of wide[m, j], unless that is null; tiles that several blocks share go to `parts` in pieces
 //   band_outer_sum  the same from those pieces, added in order
 //
-// Shapes: as in `band.cu`. The maps describe x, wide and narrow to the copy engine, in boxes of 64 columns x BOX_ROWS rows. The
-//   table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow columns the panels that touch its left
-//   half alone, then the others that touch it; the tiles of the outer product as (pair of panels, first column).
+// Shapes: as in `band.cu`. The maps describe activations to the copy engine, in boxes of 64 columns: of 256 rows for x, of 128 for y
+//   and pre, of 64 for wide and narrow. The table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow
+//   columns the panels that touch its left half alone, then the others that touch it; the tiles of the outer product as (pair
+//   of panels, first column).
 // Dtypes: bf16 operands and results, float bias, dP and dbias, sums in float.
 // Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile, of the outer product an equal share of
 //   all steps. Two warpgroups multiply: of expand and contract each has 128 rows and BLOCK_COLS columns, of the outer product
-//   one panel and BLOCK_COLS columns. The warps behind them fetch: activations by the copy engine, panels by their threads.
-//   STAGES stages of 64 of the depth go around between them. band_outer_sum: (tiles, groups of their
-//   columns).
+//   one panel and BLOCK_COLS columns. The warps behind them fetch: activations by the copy engine (but for some of outer's narrow
+//   columns), panels by their threads. STAGES stages of 64 of the depth go around between them.
+//   band_outer_sum: (tiles, groups of their columns).
 // Determinism: every piece is summed by one warpgroup in order of the depth, and pieces are added in that order.
 // Caller: src/backend/cuda/band_hopper.rs.
 
@@ -43,10 +44,6 @@ struct Panel {
 
     __device__ __forceinline__ int end() const {
         return col + cols;
-    }
-
-    __device__ __forceinline__ bool touches(int first, int count) const {
-        return col < first + count && end() > first;
     }
 };
 
@@ -433,8 +430,8 @@ __device__ __forceinline__ void store_chunk(Element* to, const u32 (&words)[4]) 
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Hands out a warpgroup's results, 32 columns of a row a quad of lanes at a time: take(row, chunk, chunk's columns valid, sums),
-// where `sums` are columns 8i + 2t and the next of the 32, for i in 0..4, and `chunk` is the first column of this lane's chunk.
+// Hands out a warpgroup's results, 32 columns of a row a quad of lanes at a time: take(row, quad, chunk, sums). The columns begin
+// at `quad`; `sums` are columns 8j + 2t of them and the next, for j in 0..4; `chunk` is where this lane's 16 bytes begin.
 template <class Take>
 __device__ __forceinline__ void each_quad(const float (&acc)[2][NT][4], int row0, const Take& take) {
     int lane = threadIdx.x % 32, t = lane % 4, row = row0 + threadIdx.x / 128 * 128 + threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -781,7 +778,8 @@ __device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map,
-               const Element* narrow_values, float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int rows, int add) {
+               const Element* narrow_values, float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles,
+               int rows, int add) {
     SHARED_MEMORY(shared);
     Ring ring(shared, shared + STAGES * STAGE_BYTES);
     ring.begin(1 + FILLERS, (CONSUMERS + 32) / 32);
