@@ -52,9 +52,21 @@ impl Series {
         &self.native
     }
 
-    /// The run goes on after `step` from the checkpoint in `file`, which was found to be good.
-    pub fn resumed(&mut self, file: &Path, step: u64) {
+    /// The run goes on after `step` from the checkpoint in `file`, which was found to be good. When it is the newest, what a kill
+    /// just after it was written has left undone is done: its milestone named, the oldest removed. What of that could not be
+    /// done is returned.
+    pub fn resumed(&mut self, file: &Path, step: u64) -> Vec<Error> {
         self.newest = (file == self.native).then_some(step);
+        if self.newest.is_none() {
+            return Vec::new();
+        }
+        let milestone = self.numbered(MILESTONE, step);
+        let named = match self.is_milestone(step) && !milestone.exists() {
+            true => atomic::second_name(&self.native, &milestone).err(),
+            false => None,
+        };
+        let removed = self.remove_old(step, false).unwrap_or_else(|error| vec![error]);
+        named.into_iter().chain(removed).collect()
     }
 
     /// Every checkpoint there is, the newest first: the plain name, then by falling step.
@@ -96,7 +108,7 @@ impl Series {
         if self.is_milestone(step) {
             atomic::second_name(&self.native, &self.numbered(MILESTONE, step))?;
         }
-        self.remove_old(step)
+        self.remove_old(step, true)
     }
 
     /// Whether the checkpoint after `step` is kept for good.
@@ -104,17 +116,17 @@ impl Series {
         self.keep.milestone_every > 0 && step.is_multiple_of(self.keep.milestone_every)
     }
 
-    /// Removes all but the last ones before `step`, which has just been written. Later ones are those of a run that was given
-    /// up when this one went on from before them.
-    fn remove_old(&self, step: u64) -> Result<Vec<Error>> {
+    /// Removes all but the last ones before `step`; and the `later` ones if asked to, once that has been written: they are those
+    /// of a run that was given up when this one went on from before them.
+    fn remove_old(&self, step: u64, later: bool) -> Result<Vec<Error>> {
         let Some(last) = self.keep.last.filter(|&last| last > 0) else { return Ok(Vec::new()) };
         let (kept, numbered) = (last - 1, self.older()?.into_iter().filter(|older| !older.is_milestone));
-        let (later, earlier): (Vec<_>, Vec<_>) = numbered.partition(|older| older.step >= step);
-        let removed =
-            later.into_iter().chain(earlier.into_iter().skip(kept)).map(|older| match fs::remove_file(&older.path) {
-                Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", &older.path)(error)),
-                _ => Ok(()),
-            });
+        let (after, before): (Vec<_>, Vec<_>) = numbered.partition(|older| older.step >= step);
+        let after = after.into_iter().filter(|_| later);
+        let removed = after.chain(before.into_iter().skip(kept)).map(|older| match fs::remove_file(&older.path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io("remove", &older.path)(error)),
+            _ => Ok(()),
+        });
         Ok(removed.filter_map(Result::err).collect())
     }
 
@@ -211,6 +223,23 @@ mod tests {
             "m.safetensors",
         ];
         assert_eq!(names(Some(2), 2, &[1, 2, 3, 4, 5, 7], "m.safetensors"), expected);
+    }
+
+    #[test]
+    fn what_a_kill_left_undone_is_done_when_the_run_goes_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| folder.path().join(name);
+        let left = ["m-00000001.safetensors", "m-00000003.safetensors", "m-00000005.safetensors", "m.safetensors"];
+        left.iter().for_each(|name| fs::write(file(name), name).unwrap());
+        let keep = Keep { last: Some(2), milestone_every: 4 };
+        let mut series = Series::new(&file("m.safetensors"), keep).unwrap();
+        // From an older one, nothing is known to be undone.
+        assert!(series.resumed(&file("m-00000003.safetensors"), 3).is_empty());
+        assert!(left.iter().all(|name| file(name).exists()));
+        assert!(series.resumed(&file("m.safetensors"), 4).is_empty());
+        assert_eq!(fs::read(file("m-milestone-00000004.safetensors")).unwrap(), b"m.safetensors");
+        // What is later is removed only by the next checkpoint.
+        assert!(!file(left[0]).exists() && left[1..].iter().all(|name| file(name).exists()));
     }
 
     #[test]

@@ -145,7 +145,9 @@ impl<'a, B: Backend> Trainer<'a, B> {
     pub fn resume(&mut self, train: &mut Loader, progress: Progress) -> Result<()> {
         let Progress { file, step, batches, unfinished, spikes, moments } = progress;
         self.optimizer.restore(self.model, &moments, step)?;
-        self.series.resumed(&file, step);
+        for error in self.series.resumed(&file, step) {
+            self.reporter.note(&format!("note: {error}"))?;
+        }
         self.saved = Some((step, file));
         (self.unfinished, self.spikes) = (unfinished, spikes);
         if step >= self.plan.steps {

@@ -48,7 +48,18 @@ proptest! {
     fn counts_are_what_they_say(text in "[0-9]{0,12}|-?[0-9.e+]{0,6}|\\PC{0,6}") {
         let valid = text.parse::<u64>().is_ok_and(|value| (1..=1 << 31).contains(&value));
         prop_assert_eq!(accepted(&[format!("--batch-size={text}")]), valid);
-        let valid = text.parse::<u64>().is_ok_and(|value| value <= 1 << 31);
+    }
+
+    #[test]
+    fn bandwidths_are_what_they_say(
+        text in "[0-9]{0,12}|[0-9]{0,4}\\.\\.[0-9]{0,4}|-?[0-9.e,]{0,6}",
+    ) {
+        let count = |text: &str| text.parse::<u64>().is_ok_and(|value| value <= 1 << 30);
+        let valid = match text.split_once("..") {
+            // A ramp has no dense end.
+            Some((first, last)) => [first, last].iter().all(|end| count(end) && end.trim_start_matches('0') != ""),
+            None => text.split(',').all(count),
+        };
         prop_assert_eq!(accepted(&[format!("--fc1-bandwidth={text}")]), valid);
     }
 
