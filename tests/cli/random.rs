@@ -54,7 +54,7 @@ proptest! {
     fn bandwidths_are_what_they_say(
         text in "[0-9]{0,12}|[0-9]{0,4}\\.\\.[0-9]{0,4}|-?[0-9.e,]{0,6}",
     ) {
-        let count = |text: &str| text.parse::<u64>().is_ok_and(|value| value <= 1 << 30);
+        let count = |text: &str| text.parse::<u64>().is_ok_and(|value| value <= 1 << 31);
         let valid = match text.split_once("..") {
             // A ramp has no dense end.
             Some((first, last)) => [first, last].iter().all(|end| count(end) && end.trim_start_matches('0') != ""),
