@@ -20,7 +20,7 @@ use card::{device, of};
 
 fn check_parity(options: Options) {
     let Some(device) = device(options) else { return };
-    let rows = agreement::parity_rows(device);
+    let rows = agreement::parity_rows(device, &[]);
     assert!(rows.len() > 600 && parity::summaries(&rows).len() == 5, "only {} rows", rows.len());
 }
 

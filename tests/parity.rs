@@ -12,27 +12,40 @@ use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu};
 use bandtrain::backend::{Attention, Device, Role, SequenceDims};
 use bandtrain::tolerance::UNIT_F32;
 
-fn check_parity(options: &Options) {
+/// The cases whose kernels have tiles, attention at one odd head size: on a software adapter nearly all the time goes into
+/// compiling, and attention's kernels take the most.
+const TILED: [&str; 4] = ["linear", "band", "loss", "attention B=2 T=70"];
+
+/// Every case, or those that have one of `only` in their names: at least `least` rows.
+fn check_parity(options: &Options, only: &[&str], least: usize) {
     let Some(device) = device(options) else { return };
-    let rows = agreement::parity_rows(device);
-    assert!(rows.len() > 400, "only {} rows", rows.len());
+    let rows = agreement::parity_rows(device, only);
+    assert!(rows.len() >= least, "only {} rows", rows.len());
 }
 
 #[test]
 fn every_operation_agrees_with_the_reference() {
-    check_parity(&checked());
+    check_parity(&Options::default(), &[], 400);
 }
 
-/// The kernels of graphics hardware, wherever this runs, sums shared out as on a large card.
+/// The kernels of graphics hardware, wherever this runs, sums shared out as on a large card; then within the limits that are
+/// promised everywhere; then in chunks, as what exceeds a binding goes through: a binding of 16 KiB makes nearly everything
+/// exceed it. (One test, not three: most kernels are the same, and the later passes find them compiled, where the driver
+/// keeps them.)
 #[test]
-fn every_operation_agrees_with_a_cards_kernels() {
-    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete)), ..Options::default() });
+fn every_operation_agrees_with_a_cards_kernels_within_the_default_limits_and_in_chunks() {
+    let card = Options { tuning: Some(Tuning::of(AdapterKind::Discrete)), ..Options::default() };
+    check_parity(&card, &[], 400);
+    let limited = Options { default_limits: true, ..card };
+    check_parity(&limited, &[], 400);
+    check_parity(&Options { binding_bytes: Some(16 << 10), ..limited }, &[], 400);
 }
 
 /// The large tiles, which results as small as these get on an adapter that is soon busy.
 #[test]
 fn every_operation_agrees_with_large_tiles() {
-    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Discrete).with_busy_threads(1)), ..checked() });
+    let tuning = Some(Tuning::of(AdapterKind::Discrete).with_busy_threads(1));
+    check_parity(&Options { tuning, ..checked() }, &TILED, 300);
 }
 
 /// Tiles that no table has: operands in several rounds, parts of rounds, one buffer, one panel, partly unrolled loops.
@@ -40,31 +53,22 @@ fn every_operation_agrees_with_large_tiles() {
 fn every_operation_agrees_with_other_tiles() {
     let tiles = "dense=64x96x32:4x12,32x128x8:4x8,64x32x8:4x8;expand=64x64x8:8x8,128x128x16:8x8;\
                  contract=64x128x16:8x8,32x32x8:4x4;outer=128x96x16:8x12;attention=64x64:4x8,64x64:8x4;busy=999;unroll=4;buffers=1";
-    check_parity(&Options {
-        tuning: Some(Tuning::of(AdapterKind::Discrete)),
-        tuning_changes: Some(tiles.to_string()),
-        ..checked()
-    });
+    let tuning = Some(Tuning::of(AdapterKind::Discrete));
+    check_parity(&Options { tuning, tuning_changes: Some(tiles.to_string()), ..Options::default() }, &TILED, 300);
 }
 
-/// By the kernels of software adapters that have no subgroups, which the default limits do not promise.
+/// The kernels of software adapters whose subgroups are no vectors of 8, at a size or two.
 #[test]
-fn every_operation_agrees_within_the_default_limits() {
-    let tuning = Some(Tuning::of(AdapterKind::Software));
-    check_parity(&Options { default_limits: true, tuning, ..Options::default() });
-}
-
-/// What exceeds a binding goes through in chunks; a binding of 16 KiB makes nearly everything exceed it.
-#[test]
-fn every_operation_agrees_in_chunks() {
-    check_parity(&Options { default_limits: true, binding_bytes: Some(16 << 10), ..checked() });
+fn every_operation_agrees_with_another_software_adapters_tiles() {
+    let only = ["linear M=65", "N=40 W=160", "attention B=2 T=70"];
+    check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Software)), ..Options::default() }, &only, 50);
 }
 
 macro_rules! golden_runs {
     ($($name:ident)*) => {$(
         #[test]
         fn $name() {
-            let Some(device) = device(&checked()) else { return };
+            let Some(device) = device(&Options::default()) else { return };
             golden::check(device, stringify!($name), UNIT_F32);
         }
     )*};

@@ -12,13 +12,18 @@ use crate::say;
 /// several bandwidths. A row names the operation, its shape, the worst error, the tolerance (derived from precision, depth of
 /// the sums and norms) and where the worst element is. Exits with 1 when a row fails.
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  bandtrain parity --backend wgpu")]
+#[command(
+    after_help = "Examples:\n  bandtrain parity --backend wgpu\n  bandtrain parity --backend cuda --only attention --only band"
+)]
 pub struct ParityArgs {
     #[command(flatten)]
     device: DeviceArgs,
     /// The backend to hold it against
     #[arg(long, value_enum, default_value = "cpu", value_name = "NAME")]
     against: BackendName,
+    /// Only the cases that have this in their operation or shape, as a row prints them; may be given more than once
+    #[arg(long, value_name = "TEXT")]
+    only: Vec<String>,
     /// Print failures and the count only
     #[arg(long)]
     quiet: bool,
@@ -66,7 +71,11 @@ impl<A: Backend> Task for Both<A> {
             named(self.device.description(), self.device.arithmetic()),
             named(reference.description(), reference.arithmetic()),
         );
-        let rows = parity::run(&mut self.device, &mut reference)?;
+        let rows = parity::run(&mut self.device, &mut reference, &self.args.only)?;
+        if rows.is_empty() {
+            let what = "no case of the parity suite has any --only text in its operation or shape; without --only, all are run and printed";
+            return Err(Error::Usage(what.into()));
+        }
         let failed = rows.iter().filter(|row| !row.passes()).count();
         if self.args.json {
             let rows: Vec<_> = rows.iter().map(json).collect();

@@ -10,9 +10,9 @@ const SCORES: f64 = 16.0;
 
 pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
     for (batch, tokens, channels, heads) in [
-        (1, 1, 4, 1),
+        (1, 1, 8, 1),
         (2, 13, 40, 5),
-        (3, 33, 48, 4),
+        (3, 33, 32, 4),
         (1, 65, 64, 1),
         (2, 70, 30, 6),
         (1, 130, 96, 1),

@@ -10,12 +10,12 @@ use bandtrain::shapes::Param;
 use bandtrain::tolerance::{Tolerance, UNIT_F32, compare};
 use bandtrain::weights::Weights;
 
-/// The rows of the parity suite on this device.
+/// The rows of the parity suite on this device; of the cases that have one of `only` in their name, if there are any.
 ///
 /// # Panics
 /// When one of them fails.
-pub fn parity_rows<B: Backend>(mut device: B) -> Vec<Row> {
-    let rows = parity::run(&mut device, &mut Cpu::new()).unwrap();
+pub fn parity_rows<B: Backend>(mut device: B, only: &[&str]) -> Vec<Row> {
+    let rows = parity::run(&mut device, &mut Cpu::new(), only).unwrap();
     let failed: Vec<String> = rows.iter().filter(|row| !row.passes()).map(ToString::to_string).collect();
     assert!(failed.is_empty(), "{} of {} rows disagree:\n{}", failed.len(), rows.len(), failed.join("\n"));
     rows

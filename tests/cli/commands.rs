@@ -259,6 +259,28 @@ fn stdout_line<'a>(stdout: &'a str, start: &str) -> &'a str {
 }
 
 #[test]
+fn parity_of_some_cases_shows_these_alone() {
+    let place = Place::new();
+    let rows = |line: &str| -> Vec<String> {
+        let report = json(&place, line);
+        assert_eq!(report["failed"], 0, "{report}");
+        let word = |row: &serde_json::Value, key: &str| row[key].as_str().unwrap().to_string();
+        let of = |row: &serde_json::Value| word(row, "op") + " " + &word(row, "shape");
+        report["rows"].as_array().unwrap().iter().map(of).collect()
+    };
+    let some = rows("parity --backend cpu --json --only layernorm --only N=7");
+    assert!(some.iter().all(|row| row.contains("layernorm") || row.contains("N=7 ")), "{some:?}");
+    assert!(
+        some.iter().any(|row| row.contains("layernorm")) && some.iter().any(|row| row.contains("band ")),
+        "{some:?}"
+    );
+    assert!(some.len() < rows("parity --backend cpu --json").len() / 2);
+    let printed = place.ok("parity --backend cpu --only layernorm --quiet");
+    assert!(printed.contains(" rows pass") && printed.lines().count() == 2, "{printed}");
+    place.mistake("parity --backend cpu --only nonesuch", "no case of the parity suite has any --only text");
+}
+
+#[test]
 fn hellaswags_lines_become_questions_to_score() {
     let place = Place::new();
     place.write("val.jsonl", include_bytes!("../fixtures/hellaswag.jsonl"));

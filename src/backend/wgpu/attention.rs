@@ -14,6 +14,9 @@ const BLOCK: usize = 64;
 const LEAST_SPAN: usize = 32;
 /// Threads of the kernels that work element by element.
 const THREADS: usize = 64;
+/// Elements of the head's results that a thread holds at most: with more, lavapipe compiles a kernel for many seconds instead of one
+/// or two, which a short run never makes up for.
+const MOST_RESULTS: usize = 128;
 /// The largest head there is workgroup memory for.
 const MAX_HEAD_SIZE: usize = 128;
 
@@ -38,6 +41,9 @@ fn block_kernel(entry: &'static str, head_size: usize, cached: bool, tuning: &Tu
         // Rows of the tile staged at a time: 4 KiB of workgroup memory.
         false => (0, LEAST_SPAN, if dim <= 64 { 16 } else { 8 }),
     };
+    let columns = dim / (span / share.tn);
+    let tm = std::iter::successors(Some(share.tm), |tm| (tm * columns > MOST_RESULTS && *tm > 4).then_some(tm / 2));
+    let tm = tm.last().unwrap_or(share.tm);
     let variables = [
         ("head_size", head_size),
         ("dim", dim),
@@ -45,9 +51,9 @@ fn block_kernel(entry: &'static str, head_size: usize, cached: bool, tuning: &Tu
         ("span", span),
         ("spread", spread),
         ("cached", usize::from(cached)),
-        ("tm", share.tm),
+        ("tm", tm),
         ("tn", share.tn),
-        ("threads", (BLOCK / share.tm) * (span / share.tn)),
+        ("threads", (BLOCK / tm) * (span / share.tn)),
         ("unroll", tuning.unroll),
         ("subgroup", tuning.subgroup),
     ];
