@@ -57,7 +57,7 @@ proptest! {
         let count = |text: &str| text.parse::<u64>().is_ok_and(|value| value <= 1 << 31);
         let valid = match text.split_once("..") {
             // A ramp has no dense end.
-            Some((first, last)) => [first, last].iter().all(|end| count(end) && end.trim_start_matches('0') != ""),
+            Some((first, last)) => [first, last].iter().all(|end| count(end) && !end.trim_start_matches('0').is_empty()),
             None => text.split(',').all(count),
         };
         prop_assert_eq!(accepted(&[format!("--fc1-bandwidth={text}")]), valid);
