@@ -226,6 +226,17 @@ pub fn kernels<B: Backend>(
     progress: impl Fn(f64),
 ) -> Result<Kernels> {
     sizes.check(backend, 1 + bandwidths.len())?;
+    time_all(backend, sizes, bandwidths, repeats, progress)
+        .map_err(|error| error.with_memory_advice("choose a smaller --rows or --channels"))
+}
+
+fn time_all<B: Backend>(
+    backend: &mut B,
+    sizes: Sizes,
+    bandwidths: &[usize],
+    repeats: usize,
+    progress: impl Fn(f64),
+) -> Result<Kernels> {
     let axes = sizes.axes();
     ParamTable::new(&sizes.shape().config(1))?;
     let bands = bandwidths.iter().map(|&width| Band::new(axes.narrow, axes.wide, width)).collect::<Result<Vec<_>>>()?;

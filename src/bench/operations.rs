@@ -1,9 +1,9 @@
 //! The other operations of a training step, on a model with as many blocks as there are sets of buffers.
 
 use super::ceilings::ADAMW;
-use super::filled;
 use super::turns::{Rotation, in_turns, rotation};
 use super::work::{Matrix, Stored, Work};
+use super::{filled, median};
 use crate::backend::{
     Affine, Backend, Embeddings, HeadDims, LinearDims, Normed, NormedInput, OptimizerState, Role, SequenceDims, Write,
 };
@@ -284,13 +284,14 @@ pub(super) fn time<B: Backend>(
     let stored = Stored::of(backend);
     let operand_bytes = stored.embed_forward(shape.sequence).bytes;
     let set_bytes = 4.0 * (shape.stream_elements() + shape.block_elements());
-    let rotation = rotation(backend, operand_bytes, set_bytes);
+    let rotation = rotation(backend, operand_bytes, set_bytes, 4.0 * shape.embedding_elements())?;
     let sets = rotation.sets;
     let mut bench = Bench::new(backend, shape, sets)?;
     let mut measured = Vec::with_capacity(OPERATIONS.len());
     for (index, (name, operation)) in OPERATIONS.into_iter().enumerate() {
-        let seconds = in_turns(backend, repeats, 1, sets, |backend, _, set| bench.record(backend, operation, set))?;
-        measured.push(Measured { operation: name, seconds: seconds[0], work: bench.work(stored, operation) });
+        let mut samples = in_turns(backend, repeats, 1, sets, |backend, _, set| bench.record(backend, operation, set))?;
+        let seconds = median(samples.remove(0));
+        measured.push(Measured { operation: name, seconds, work: bench.work(stored, operation) });
         progress(index + 1);
     }
     Ok((rotation, bench.table.len(), measured))

@@ -1,8 +1,8 @@
 //! The products of an MLP, dense and in bands.
 
-use super::filled;
 use super::turns::{Rotation, in_turns, rotation};
 use super::work::{Matrix, Stored, Work};
+use super::{filled, median};
 use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, Role, Write};
 use crate::band::Band;
 use crate::error::Result;
@@ -221,7 +221,7 @@ pub(super) fn time<B: Backend>(
     let all = axes.narrow * axes.wide;
     let least = (0..PRODUCTS.len()).map(|index| axes.work(stored, index, all, all).bytes).fold(f64::INFINITY, f64::min);
     let set_bytes = axes.set_elements(densities) * stored.activation.max(4) as f64;
-    let rotation = rotation(backend, least, set_bytes);
+    let rotation = rotation(backend, least, set_bytes, 0.0)?;
     let sets = rotation.sets;
     let mut streams = (0..sets).map(|_| Streams::new(backend, axes)).collect::<Result<Vec<_>>>()?;
     let mut weights = Vec::with_capacity(densities);
@@ -230,14 +230,15 @@ pub(super) fn time<B: Backend>(
     }
     let mut measured = Vec::with_capacity(PRODUCTS.len() * densities);
     for index in 0..PRODUCTS.len() {
-        let seconds = in_turns(backend, repeats, densities, sets, |backend, piece, set| {
+        let samples = in_turns(backend, repeats, densities, sets, |backend, piece, set| {
             weights[piece].record(backend, index, set, &mut streams[set], axes)
         })?;
-        for (weights, seconds) in weights.iter().zip(seconds) {
+        for (weights, samples) in weights.iter().zip(samples) {
             let (kept, stored_weights) = weights.counts(axes);
             let work = axes.work(stored, index, kept, stored_weights);
             let density = kept as f64 / all as f64;
-            measured.push(Measured { index, bandwidth: weights.bandwidth(), density, seconds, work });
+            let (bandwidth, seconds) = (weights.bandwidth(), median(samples));
+            measured.push(Measured { index, bandwidth, density, seconds, work });
         }
         progress(index + 1);
     }

@@ -1,6 +1,5 @@
 //! Pieces of work timed in turns, over sets of buffers that take turns too.
 
-use super::median;
 use crate::backend::Device;
 use crate::error::Result;
 use serde::Serialize;
@@ -23,15 +22,26 @@ pub struct Rotation {
 }
 
 /// How many sets of buffers exceed [`ROTATION_BYTES`] when an operation's operands take `operand_bytes` of one; fewer where
-/// the device's free memory does not hold them twice. A set takes `set_bytes`.
-pub(super) fn rotation<D: Device>(device: &D, operand_bytes: f64, set_bytes: f64) -> Rotation {
+/// half of the device's free memory does not hold them. A set takes `set_bytes`, and what all share `shared_bytes`.
+///
+/// # Errors
+/// The device fails.
+pub(super) fn rotation<D: Device>(
+    device: &mut D,
+    operand_bytes: f64,
+    set_bytes: f64,
+    shared_bytes: f64,
+) -> Result<Rotation> {
+    // Waiting gives back the memory that nothing uses any more.
+    device.sync()?;
     let enough = (ROTATION_BYTES as f64 / operand_bytes.max(1.0)).floor() as usize + 1;
-    let room = device.free_bytes().map_or(MOST_SETS, |free| (free as f64 / 2.0 / set_bytes.max(1.0)) as usize);
+    let half = device.free_bytes().map_or(f64::INFINITY, |free| free as f64 / 2.0);
+    let room = ((half - shared_bytes) / set_bytes.max(1.0)) as usize;
     let sets = enough.min(MOST_SETS).min(room).max(1);
-    Rotation { sets, least_bytes: sets as f64 * operand_bytes }
+    Ok(Rotation { sets, least_bytes: sets as f64 * operand_bytes })
 }
 
-/// The median seconds of a run of each of `pieces` pieces of work, of `repeats` samples each. The pieces are run in turns, so that
+/// The seconds that a run of each of `pieces` pieces of work takes, `repeats` samples of each. The pieces are run in turns, so that
 /// all see the same state of the machine; `run` is told which piece it is and which of `sets` sets of buffers it works on.
 ///
 /// # Errors
@@ -42,7 +52,7 @@ pub(super) fn in_turns<D: Device>(
     pieces: usize,
     sets: usize,
     mut run: impl FnMut(&mut D, usize, usize) -> Result<()>,
-) -> Result<Vec<f64>> {
+) -> Result<Vec<Vec<f64>>> {
     let mut set = vec![0; pieces];
     let mut sample = |device: &mut D, piece: usize, count: usize| -> Result<f64> {
         let start = Instant::now();
@@ -70,7 +80,7 @@ pub(super) fn in_turns<D: Device>(
             samples.push(sample(device, piece, counts[piece])?);
         }
     }
-    Ok(samples.into_iter().map(median).collect())
+    Ok(samples)
 }
 
 /// How often work that takes `seconds` is run before the device is waited for: a wait can take as long as a small kernel,
@@ -90,10 +100,11 @@ mod tests {
 
     #[test]
     fn sets_exceed_the_size_and_stay_within_memory() {
-        let sets = |operands, set| rotation(&Cpu::new(), operands, set).sets;
+        let rotation = |operands, set, shared| rotation(&mut Cpu::new(), operands, set, shared).unwrap();
+        let sets = |operands, set| rotation(operands, set, 0.0).sets;
         assert_eq!((sets(ROTATION_BYTES as f64, 1.0), sets(ROTATION_BYTES as f64 / 4.5, 1.0)), (2, 5));
         assert_eq!((sets(0.0, 0.0), sets(1.0, 1e18)), (MOST_SETS, 1));
-        assert_eq!(rotation(&Cpu::new(), 1e8, 1e18), Rotation { sets: 1, least_bytes: 1e8 });
+        assert_eq!(rotation(1e8, 1.0, 1e18), Rotation { sets: 1, least_bytes: 1e8 });
     }
 
     #[test]
@@ -110,7 +121,8 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(11));
             Ok(())
         });
-        assert!(times.unwrap().iter().all(|&seconds| seconds >= 0.011));
+        let times = times.unwrap();
+        assert!(times.iter().all(|samples| samples.len() == 3 && samples.iter().all(|&seconds| seconds >= 0.011)));
         assert_eq!(seen, [[0, 1, 2, 0, 1], [0, 1, 2, 0, 1]]);
     }
 }

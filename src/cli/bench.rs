@@ -25,11 +25,12 @@ Examples:
   BANDTRAIN_WGPU_TUNING='dense=128x64x8:8x8;unroll=4' bandtrain bench step --backend wgpu
 
 What the device can do is measured first, in the same run: the rate of products by dense products of square matrices of \
-growing size (the fastest counts), the rate of memory by an optimizer's update and by residual additions with LayerNorm over up \
-to 1 GB (the faster counts); both are printed with the size they were measured at. What the numbers mean:
+growing size (the fastest run counts), the rate of memory by an optimizer's update and by residual additions with LayerNorm over up \
+to 1 GB (the fastest run of the faster one counts); both are printed with the size they were measured at. What the numbers mean:
   GFLOP/s    two for each pair of factors of a product: the exact band, under the diagonal only in causal attention
   GB/s       every tensor read and every tensor written once, in the size it is stored in
-  of floor   floor over time; the floor is the longer of what the bytes and what the FLOPs take at the measured rates
+  of floor   floor over time; the floor is the longer of what the bytes and what the FLOPs take at the measured rates;
+             above 1 where a cache held what is counted as memory
   speed-up   the dense product's time over the band's
   ideal      the dense product's floor over the band's: 1 / density where products bound both, less where memory does
   break-even the density below which the band is faster: where a straight line between two measured bandwidths meets the \

@@ -31,7 +31,7 @@ impl Unit {
 fn print_ceilings(ceilings: &Ceilings, unit: Unit) -> Result<()> {
     let Ceilings { gflop_per_s, gflop_per_s_of, gb_per_s, gb_per_s_of } = ceilings;
     say!("this device, measured: {} {} ({gflop_per_s_of})", unit.show(*gflop_per_s), unit.name)?;
-    say!("                       {gb_per_s:.1} GB/s ({gb_per_s_of})")
+    say!("                       {gb_per_s:.2} GB/s ({gb_per_s_of})")
 }
 
 /// Prints what 'bench kernels' measured.
@@ -68,8 +68,10 @@ pub(super) fn print_kernels(report: &KernelsReport) -> Result<()> {
 }
 
 fn rotation(Rotation { sets, least_bytes }: Rotation) -> String {
-    let plural = if sets == 1 { "set" } else { "sets in turn" };
-    format!("{sets} {plural} of buffers, {:.1} MB or more between two uses of one", least_bytes / 1e6)
+    match sets {
+        1 => format!("one set of buffers, {:.1} MB of operands or more", least_bytes / 1e6),
+        _ => format!("{sets} sets of buffers in turn, {:.1} MB of operands or more", least_bytes / 1e6),
+    }
 }
 
 fn rates_header(unit: Unit) -> String {
@@ -78,7 +80,7 @@ fn rates_header(unit: Unit) -> String {
 
 fn rates(timing: &Timing, unit: Unit) -> String {
     let Timing { gflop_per_s, gb_per_s, fraction_of_floor, .. } = timing;
-    format!("{:>9} {gb_per_s:>8.1} {fraction_of_floor:>8.3}", unit.show(*gflop_per_s))
+    format!("{:>9} {gb_per_s:>8.2} {fraction_of_floor:>8.3}", unit.show(*gflop_per_s))
 }
 
 fn print_kernel(time: &KernelTime, unit: Unit) -> Result<()> {
