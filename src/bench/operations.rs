@@ -1,7 +1,7 @@
 //! The other operations of a training step, on a model with as many blocks as there are sets of buffers.
 
 use super::ceilings::ADAMW;
-use super::turns::{Rotation, in_turns, rotation};
+use super::turns::{Needed, Rotation, in_turns, rotation};
 use super::work::{Matrix, Stored, Work};
 use super::{filled, median};
 use crate::backend::{
@@ -283,8 +283,10 @@ pub(super) fn time<B: Backend>(
 ) -> Result<(Rotation, usize, Vec<Measured>)> {
     let stored = Stored::of(backend);
     let operand_bytes = stored.embed_forward(shape.sequence).bytes;
-    let set_bytes = 4.0 * (shape.stream_elements() + shape.block_elements());
-    let rotation = rotation(backend, operand_bytes, set_bytes, 4.0 * shape.embedding_elements())?;
+    // Weights, gradients and both moments are one buffer each, of equal length.
+    let (block, embedding) = (shape.block_elements(), shape.embedding_elements());
+    let sets = Needed { set: 4.0 * (shape.stream_elements() + block), once: 4.0 * embedding };
+    let rotation = rotation(backend, operand_bytes, sets, Needed { set: block, once: embedding })?;
     let sets = rotation.sets;
     let mut bench = Bench::new(backend, shape, sets)?;
     let mut measured = Vec::with_capacity(OPERATIONS.len());

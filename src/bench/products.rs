@@ -1,6 +1,6 @@
 //! The products of an MLP, dense and in bands.
 
-use super::turns::{Rotation, in_turns, rotation};
+use super::turns::{Needed, Rotation, in_turns, rotation};
 use super::work::{Matrix, Stored, Work};
 use super::{filled, median};
 use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, Role, Write};
@@ -221,7 +221,9 @@ pub(super) fn time<B: Backend>(
     let all = axes.narrow * axes.wide;
     let least = (0..PRODUCTS.len()).map(|index| axes.work(stored, index, all, all).bytes).fold(f64::INFINITY, f64::min);
     let set_bytes = axes.set_elements(densities) * stored.activation.max(4) as f64;
-    let rotation = rotation(backend, least, set_bytes, 0.0)?;
+    let weights = (4 * (all + axes.narrow + axes.wide)) as f64;
+    let [sets, largest] = [set_bytes, weights].map(|set| Needed { set, once: 0.0 });
+    let rotation = rotation(backend, least, sets, largest)?;
     let sets = rotation.sets;
     let mut streams = (0..sets).map(|_| Streams::new(backend, axes)).collect::<Result<Vec<_>>>()?;
     let mut weights = Vec::with_capacity(densities);

@@ -21,22 +21,37 @@ pub struct Rotation {
     pub least_bytes: f64,
 }
 
-/// How many sets of buffers exceed [`ROTATION_BYTES`] when an operation's operands take `operand_bytes` of one; fewer where
-/// half of the device's free memory does not hold them. A set takes `set_bytes`, and what all share `shared_bytes`.
+/// Bytes that sets of buffers take: for each set, and once for all of them.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Needed {
+    pub set: f64,
+    pub once: f64,
+}
+
+impl Needed {
+    /// How many sets there is room for.
+    fn sets_in(self, bytes: f64) -> usize {
+        ((bytes - self.once) / self.set.max(1.0)) as usize
+    }
+}
+
+/// How many sets of buffers exceed [`ROTATION_BYTES`] when an operation's operands take `operand_bytes` of one; fewer where half
+/// of the device's free memory does not hold `all` of them, or a buffer not what sets share of the `largest` one.
 ///
 /// # Errors
 /// The device fails.
 pub(super) fn rotation<D: Device>(
     device: &mut D,
     operand_bytes: f64,
-    set_bytes: f64,
-    shared_bytes: f64,
+    all: Needed,
+    largest: Needed,
 ) -> Result<Rotation> {
     // Waiting gives back the memory that nothing uses any more.
     device.sync()?;
     let enough = (ROTATION_BYTES as f64 / operand_bytes.max(1.0)).floor() as usize + 1;
-    let half = device.free_bytes().map_or(f64::INFINITY, |free| free as f64 / 2.0);
-    let room = ((half - shared_bytes) / set_bytes.max(1.0)) as usize;
+    let half_free = device.free_bytes().map_or(f64::INFINITY, |free| free as f64 / 2.0);
+    let buffer = device.max_buffer_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
+    let room = all.sets_in(half_free).min(largest.sets_in(buffer));
     let sets = enough.min(MOST_SETS).min(room).max(1);
     Ok(Rotation { sets, least_bytes: sets as f64 * operand_bytes })
 }
@@ -100,11 +115,13 @@ mod tests {
 
     #[test]
     fn sets_exceed_the_size_and_stay_within_memory() {
-        let rotation = |operands, set, shared| rotation(&mut Cpu::new(), operands, set, shared).unwrap();
+        let none = Needed { set: 0.0, once: 0.0 };
+        let rotation = |operands, set, once| rotation(&mut Cpu::new(), operands, Needed { set, once }, none).unwrap();
         let sets = |operands, set| rotation(operands, set, 0.0).sets;
         assert_eq!((sets(ROTATION_BYTES as f64, 1.0), sets(ROTATION_BYTES as f64 / 4.5, 1.0)), (2, 5));
         assert_eq!((sets(0.0, 0.0), sets(1.0, 1e18)), (MOST_SETS, 1));
         assert_eq!(rotation(1e8, 1.0, 1e18), Rotation { sets: 1, least_bytes: 1e8 });
+        assert_eq!(Needed { set: 10.0, once: 25.0 }.sets_in(60.0), 3);
     }
 
     #[test]
