@@ -222,11 +222,26 @@ impl AdamWStep {
     }
 }
 
+/// The part of a model that products belong to, for their times: the same operations run in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// None in particular.
+    #[default]
+    Model,
+    /// The attention's projections.
+    Attention,
+    /// FC1 and FC2.
+    Mlp,
+}
+
 /// What one kernel (or library call) of an operation took on the device.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct OpTime {
     /// The method of these traits that ran it, or its stem: "band_expand".
     pub op: &'static str,
+    /// The part of the model that it ran for, as [`Device::profile_part`] was told.
+    pub part: Part,
     /// The kernel's own name.
     pub kernel: String,
     /// How often it ran.
@@ -327,7 +342,10 @@ pub trait Device {
         Ok(false)
     }
 
-    /// Ends it: what each kernel (or library call) took, summed by name.
+    /// Says which part of the model the operations recorded from now on belong to.
+    fn profile_part(&mut self, _part: Part) {}
+
+    /// Ends it: what each kernel (or library call) took, summed by operation, part and name.
     ///
     /// # Errors
     /// As [`Device::upload`].

@@ -1,25 +1,44 @@
-//! `bandtrain bench`: what the band gains on this machine.
+//! `bandtrain bench`: what the device can do, what this program makes of it, and what the band gains.
 
+use super::bench_tables::{print_kernels, print_steps};
 use super::device::{DeviceArgs, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
-use crate::backend::{Backend, OpTime};
-use crate::bench::{KernelTime, StepTime, kernels, step};
-use crate::config::{GptConfig, preset};
-use crate::error::Result;
-use crate::output::grouped;
+use crate::backend::Backend;
+use crate::bench::{Ceilings, Kernels, Sizes, StepTime, Steps, kernels, step};
+use crate::config::{GPT2_VOCAB, GptConfig, preset};
+use crate::error::{Error, Result};
 use crate::say;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
 
-/// Times the MLP's products, or whole steps, banded beside dense
+/// Times every operation, or whole steps, banded beside dense
 ///
-/// kernels: every product of FC1 and FC2 at several bandwidths beside the dense one in the same run. step: whole training
-/// steps of a preset, dense and with FC1 and FC2 banded. Medians of repeated runs; the first is not counted.
+/// kernels: every product of FC1 and FC2 at several bandwidths beside the dense one in the same run, and the other operations
+/// of a training step. step: whole training steps of a preset, dense and with FC1 and FC2 banded, one recorded while the one
+/// before it is running, as in a training. Medians of repeated runs; those that compile kernels or warm up are not counted.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   bandtrain bench kernels --backend cpu -C 512 --rows 2048
+  bandtrain bench step --preset tinystories-51m -w 1024 --peak-tflops 165.2
   BANDTRAIN_WGPU_TUNING='dense=128x64x8:8x8;unroll=4' bandtrain bench step --backend wgpu
+
+What the device can do is measured first, in the same run: the rate of products by dense products of square matrices of \
+growing size (the fastest run counts), the rate of memory by an optimizer's update and by residual additions with LayerNorm over up \
+to 1 GB (the fastest run of the faster one counts); both are printed with the size they were measured at. What the numbers mean:
+  GFLOP/s    two for each pair of factors of a product: the exact band, under the diagonal only in causal attention
+  GB/s       every tensor read and every tensor written once, in the size it is stored in
+  of floor   floor over time; the floor is the longer of what the bytes and what the FLOPs take at the measured rates;
+             above 1 where a cache held what is counted as memory
+  speed-up   the dense product's time over the band's
+  ideal      the dense product's floor over the band's: 1 / density where products bound both, less where memory does
+  break-even the density below which the band is faster: where a straight line between two measured bandwidths meets the \
+dense time, or a bound where none does
+  MFU        a step's products (forward once, backward twice) over its time, as a share of the measured rate of products
+Operations run over several sets of buffers in turn, so many that their operands exceed 134 MB, more than a cache holds (at most \
+16, and at most half of the free memory); how many is printed. A step's memory is estimated from the shape tables and, where \
+the device tells, measured by how much its free memory fell.
 
 BANDTRAIN_WGPU_TUNING holds KEY=VALUE pairs, separated by semicolons, that replace what the wgpu backend has for the \
 adapter's kind, in every command. Tiles are ROWSxCOLUMNSxDEPTH:RxC, with R x C results for a thread; several are separated \
@@ -37,24 +56,30 @@ pub struct BenchArgs {
     /// What to time
     #[arg(value_enum, default_value = "kernels")]
     what: What,
-    /// kernels: C, the channels of the MLP
-    #[arg(long, short = 'C', default_value = "512", value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
-    channels: usize,
-    /// kernels: M, the rows (tokens)
-    #[arg(long, default_value = "2048", value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
-    rows: usize,
-    /// Bandwidths to compare with dense [default: 2C, C and C/2; for step 2C]
+    /// kernels: C, the channels of the model [default: 512]
+    #[arg(long, short = 'C', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    channels: Option<usize>,
+    /// kernels: M, the rows (tokens) [default: 2048]
+    #[arg(long, value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    rows: Option<usize>,
+    /// kernels: V, the vocabulary of the head [default: 50257]
+    #[arg(long, value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
+    vocab_size: Option<usize>,
+    /// Bandwidths to compare with dense [default: 4C, 2C, C and C/2; for step 2C]
     #[arg(long, short = 'w', value_parser = parse::positive, num_args = 1.., value_name = "N", allow_negative_numbers = true)]
     bandwidth: Vec<usize>,
-    /// step: the model
-    #[arg(long, default_value = "toy", value_name = "NAME")]
-    preset: String,
+    /// step: the model [default: toy]
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
     /// step: sequences per batch [default: the preset's]
     #[arg(long, short = 'b', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     batch_size: Option<usize>,
-    /// step: tokens per sequence [default: the model's longest]
+    /// Tokens per sequence [default: the model's longest; for kernels the most up to 512 that divide the rows]
     #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     seq_len: Option<usize>,
+    /// step: the device's peak rate by its data sheet, in TFLOP/s, for an MFU beside the one of the measured rate
+    #[arg(long, value_parser = parse::above_zero, value_name = "N", allow_negative_numbers = true)]
+    peak_tflops: Option<f64>,
     /// Runs that count
     #[arg(long, default_value = "9", value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     repeats: usize,
@@ -65,118 +90,177 @@ pub struct BenchArgs {
     json: bool,
 }
 
-#[derive(Clone, Copy, clap::ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum What {
     Kernels,
     Step,
 }
 
+impl BenchArgs {
+    /// Refuses what only the other of the two listens to.
+    fn check(&self) -> Result<()> {
+        let (of_kernels, of_step) = (What::Kernels, What::Step);
+        let given = [
+            ("--channels", of_kernels, self.channels.is_some()),
+            ("--rows", of_kernels, self.rows.is_some()),
+            ("--vocab-size", of_kernels, self.vocab_size.is_some()),
+            ("--preset", of_step, self.preset.is_some()),
+            ("--batch-size", of_step, self.batch_size.is_some()),
+            ("--peak-tflops", of_step, self.peak_tflops.is_some()),
+        ];
+        let name = |what| if what == What::Kernels { "kernels" } else { "step" };
+        match given.into_iter().find(|&(_, of, given)| given && of != self.what) {
+            None => Ok(()),
+            Some((flag, of, _)) => Err(Error::usage(format!(
+                "{flag} means nothing to 'bench {}'; leave it out or use 'bench {}'",
+                name(self.what),
+                name(of)
+            ))),
+        }
+    }
+}
+
 /// Runs the command.
 ///
 /// # Errors
-/// An unknown preset; sizes that do not fit; the device fails.
+/// A flag of the other kind; an unknown preset; sizes that do not fit; the device fails.
 pub fn run(args: BenchArgs) -> Result<()> {
+    args.check()?;
     match args.what {
-        What::Kernels => with_backend(&args.device.clone(), Kernels(args)),
-        What::Step => {
-            let preset = preset(&args.preset)?;
-            let dense = GptConfig { fc1_bandwidth: 0.into(), fc2_bandwidth: 0.into(), ..preset.model };
-            check_seq_len(args.seq_len.unwrap_or(1), dense.max_seq_len)?;
-            let bandwidths = if args.bandwidth.is_empty() { vec![2 * dense.channels] } else { args.bandwidth.clone() };
-            let mut times = Vec::new();
-            for bandwidth in std::iter::once(0).chain(bandwidths) {
-                let config = GptConfig { fc1_bandwidth: bandwidth.into(), fc2_bandwidth: bandwidth.into(), ..dense };
-                let batch = args.batch_size.unwrap_or(preset.batch_size);
-                let tokens = args.seq_len.unwrap_or(dense.max_seq_len);
-                let (description, time) =
-                    with_backend(&args.device, Step { config, batch, tokens, repeats: args.repeats })?;
-                if times.is_empty() && !args.json {
-                    say!("{}: B={batch} T={tokens} on {description}, medians of {} runs", args.preset, args.repeats)?;
-                }
-                times.push(time);
-            }
-            if args.json {
-                return say!("{}", serde_json::json!({ "steps": times }));
-            }
-            print_steps(&times)?;
-            times.iter().try_for_each(print_ops)
-        }
+        What::Kernels => run_kernels(args),
+        What::Step => run_steps(args),
     }
 }
 
-struct Kernels(BenchArgs);
+/// What 'bench kernels' measured, and of what.
+#[derive(Serialize)]
+pub(super) struct KernelsReport {
+    pub device: String,
+    pub precision: &'static str,
+    pub mlp_width: usize,
+    pub rows: usize,
+    #[serde(flatten)]
+    pub sizes: Sizes,
+    pub repeats: usize,
+    #[serde(flatten)]
+    pub kernels: Kernels,
+}
 
-impl Task for Kernels {
-    type Output = ();
+fn run_kernels(args: BenchArgs) -> Result<()> {
+    let channels = args.channels.unwrap_or(512);
+    let vocab_size = args.vocab_size.unwrap_or(GPT2_VOCAB);
+    let sizes = Sizes::new(channels, args.rows.unwrap_or(2048), args.seq_len, vocab_size)?;
+    let bandwidths = match args.bandwidth.is_empty() {
+        true => vec![4 * channels, 2 * channels, channels, channels.div_ceil(2)],
+        false => args.bandwidth,
+    };
+    let task = KernelsTask { sizes, bandwidths, repeats: args.repeats, quiet: args.json };
+    let report = with_backend(&args.device, task)?;
+    if args.json { print_json(&report) } else { print_kernels(&report) }
+}
 
-    fn run<B: Backend>(self, mut backend: B) -> Result<()> {
-        let args = self.0;
-        let c = args.channels;
-        let bandwidths = if args.bandwidth.is_empty() { vec![2 * c, c, c.div_ceil(2)] } else { args.bandwidth };
-        let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(100) };
+struct KernelsTask {
+    sizes: Sizes,
+    bandwidths: Vec<usize>,
+    repeats: usize,
+    quiet: bool,
+}
+
+impl Task for KernelsTask {
+    type Output = KernelsReport;
+
+    fn run<B: Backend>(self, mut backend: B) -> Result<KernelsReport> {
+        let Self { sizes, bandwidths, repeats, quiet } = self;
+        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(100) };
         bar.set_style(ProgressStyle::with_template("{bar:32} {percent} %").expect("the template is well formed"));
         let done = |share: f64| bar.set_position((100.0 * share) as u64);
-        let times = kernels(&mut backend, c, args.rows, &bandwidths, args.repeats, done)?;
+        let kernels = kernels(&mut backend, sizes, &bandwidths, repeats, done)?;
         bar.finish_and_clear();
-        let device = backend.description();
-        if args.json {
-            let json = serde_json::json!({ "device": device, "channels": c, "rows": args.rows, "kernels": times });
-            return say!("{json}");
-        }
-        say!("C={c} W={} M={} on {device}, medians of {} runs", 4 * c, args.rows, args.repeats)?;
-        print_kernels(&times)
+        let (device, precision) = (backend.description(), backend.arithmetic().name());
+        let (mlp_width, rows) = (4 * sizes.channels, sizes.rows());
+        Ok(KernelsReport { device, precision, mlp_width, rows, sizes, repeats, kernels })
     }
 }
 
-fn print_kernels(times: &[KernelTime]) -> Result<()> {
-    say!("{:<27} {:>9} {:>10} {:>10} {:>10} {:>9}", "product", "bandwidth", "density", "ms", "GFLOP/s", "of dense")?;
-    for KernelTime { product, bandwidth, density, milliseconds, gflop_per_s, of_dense } in times {
-        let bandwidth = if *bandwidth == 0 { "dense".to_string() } else { bandwidth.to_string() };
-        let density = 100.0 * density;
-        say!("{product:<27} {bandwidth:>9} {density:>8.2} % {milliseconds:>10.3} {gflop_per_s:>10.1} {of_dense:>9.3}")?;
+/// What 'bench step' measured, and of what.
+#[derive(Serialize)]
+pub(super) struct StepsReport {
+    pub device: String,
+    pub precision: &'static str,
+    pub preset: String,
+    pub sequences: usize,
+    pub tokens_per_sequence: usize,
+    pub repeats: usize,
+    pub ceilings: Ceilings,
+    pub peak_tflop_per_s: Option<f64>,
+    pub steps: Vec<StepBesideDense>,
+}
+
+/// A step with its gain.
+#[derive(Serialize)]
+pub(super) struct StepBesideDense {
+    #[serde(flatten)]
+    pub time: StepTime,
+    /// The dense step's time over this one's.
+    pub speed_up: f64,
+}
+
+fn run_steps(args: BenchArgs) -> Result<()> {
+    let preset = preset(args.preset.as_deref().unwrap_or("toy"))?;
+    let dense = GptConfig { fc1_bandwidth: 0.into(), fc2_bandwidth: 0.into(), ..preset.model };
+    check_seq_len(args.seq_len.unwrap_or(1), dense.max_seq_len)?;
+    let bandwidths = if args.bandwidth.is_empty() { vec![2 * dense.channels] } else { args.bandwidth };
+    let (batch, tokens) = (args.batch_size.unwrap_or(preset.batch_size), args.seq_len.unwrap_or(dense.max_seq_len));
+    let (device, precision, ceilings) = with_backend(&args.device, CeilingsTask)?;
+    let mut steps: Vec<StepBesideDense> = Vec::new();
+    for bandwidth in std::iter::once(0).chain(bandwidths) {
+        let config = GptConfig { fc1_bandwidth: bandwidth.into(), fc2_bandwidth: bandwidth.into(), ..dense };
+        let what = Steps { config, batch, tokens, repeats: args.repeats };
+        let task = StepTask { what, ceilings: &ceilings, peak_flop_per_s: args.peak_tflops.map(|peak| 1e12 * peak) };
+        let time = with_backend(&args.device, task)?;
+        let dense_milliseconds = steps.first().map_or(time.milliseconds, |dense| dense.time.milliseconds);
+        steps.push(StepBesideDense { speed_up: dense_milliseconds / time.milliseconds, time });
     }
-    Ok(())
+    let report = StepsReport {
+        device,
+        precision,
+        preset: preset.name.to_string(),
+        sequences: batch,
+        tokens_per_sequence: tokens,
+        repeats: args.repeats,
+        ceilings,
+        peak_tflop_per_s: args.peak_tflops,
+        steps,
+    };
+    if args.json { print_json(&report) } else { print_steps(&report) }
 }
 
-struct Step {
-    config: GptConfig,
-    batch: usize,
-    tokens: usize,
-    repeats: usize,
-}
+struct CeilingsTask;
 
-impl Task for Step {
-    type Output = (String, StepTime);
+impl Task for CeilingsTask {
+    type Output = (String, &'static str, Ceilings);
 
-    fn run<B: Backend>(self, backend: B) -> Result<(String, StepTime)> {
-        let description = backend.description();
-        Ok((description, step(backend, &self.config, self.batch, self.tokens, self.repeats)?))
+    fn run<B: Backend>(self, mut backend: B) -> Result<Self::Output> {
+        let ceilings = Ceilings::measure(&mut backend)?;
+        Ok((backend.description(), backend.arithmetic().name(), ceilings))
     }
 }
 
-fn print_steps(times: &[StepTime]) -> Result<()> {
-    say!("{:<14} {:>10} {:>12} {:>10} {:>9}", "MLP", "ms", "tok/s", "GFLOP/s", "speed-up")?;
-    for time @ StepTime { milliseconds, tok_per_s, gflop_per_s, .. } in times {
-        let name = mlp_name(time);
-        let (rate, gain) = (grouped(*tok_per_s as usize), times[0].milliseconds / milliseconds);
-        say!("{name:<14} {milliseconds:>10.2} {rate:>12} {gflop_per_s:>10.1} {gain:>9.3}")?;
-    }
-    Ok(())
+struct StepTask<'a> {
+    what: Steps,
+    ceilings: &'a Ceilings,
+    peak_flop_per_s: Option<f64>,
 }
 
-fn mlp_name(time: &StepTime) -> String {
-    if time.fc1_bandwidth.is_dense() { "dense".to_string() } else { format!("banded {}", time.fc1_bandwidth) }
+impl Task for StepTask<'_> {
+    type Output = StepTime;
+
+    fn run<B: Backend>(self, backend: B) -> Result<StepTime> {
+        step(backend, self.what, self.ceilings, self.peak_flop_per_s)
+    }
 }
 
-/// What each kernel takes in a step.
-fn print_ops(time: &StepTime) -> Result<()> {
-    let name = mlp_name(time);
-    let Some(ops) = &time.ops else { return say!("{name}: this device does not time its kernels") };
-    let all: f64 = ops.iter().map(|op| op.seconds).sum();
-    say!("\n{name}: {:.2} ms of a step on the device", 1e3 * all)?;
-    say!("{:>7} {:>10} {:>7}  {:<27} kernel", "count", "ms", "share", "operation")?;
-    for OpTime { op, kernel, count, seconds } in ops {
-        say!("{count:>7} {:>10.3} {:>5.1} %  {op:<27} {kernel}", 1e3 * seconds, 100.0 * seconds / all)?;
-    }
-    Ok(())
+fn print_json(report: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_string(report).map_err(|error| Error::Internal(error.to_string()))?;
+    say!("{json}")
 }

@@ -2,6 +2,7 @@
 
 mod band;
 mod bench;
+mod bench_tables;
 mod convert;
 mod data;
 mod device;

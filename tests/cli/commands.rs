@@ -185,15 +185,126 @@ fn info_lists_every_adapter() {
     }
 }
 
+/// Every number of an object is finite and above 0.
+fn all_positive(object: &Value, names: &[&str]) {
+    for name in names {
+        let number = object[name].as_f64().unwrap_or_else(|| panic!("{name} of {object}"));
+        assert!(number > 0.0 && number.is_finite(), "{name} of {object}");
+    }
+}
+
+const TIMING: [&str; 4] = ["milliseconds", "gb_per_s", "floor_milliseconds", "fraction_of_floor"];
+const SMALL_KERNELS: &str = "bench kernels -C 16 --rows 8 -t 4 --vocab-size 100 --repeats 1";
+
 #[test]
-fn bench_times_kernels_and_steps() {
+fn bench_kernels_tells_everything_in_json() {
     let place = Place::new();
-    let kernels = json(&place, "bench kernels -C 16 --rows 8 -w 8 16 --repeats 1 --json");
-    assert_eq!(kernels["kernels"].as_array().unwrap().len(), 6 * 3);
-    let steps = json(&place, "bench step --preset toy -b 1 -t 4 -w 64 --repeats 1 --json");
-    assert_eq!(steps["steps"][1]["fc1_bandwidth"], 64);
-    assert!(place.ok("bench kernels -C 16 --rows 8 --repeats 1").contains("FC2 weight gradient"));
-    assert!(place.ok("bench step -b 1 -t 4 --repeats 1").contains("banded 256"));
+    let report = json(&place, &format!("{SMALL_KERNELS} -w 8 16 --json"));
+    all_positive(&report["ceilings"], &["gflop_per_s", "gb_per_s"]);
+    assert!(report["ceilings"]["gflop_per_s_of"].as_str().unwrap().starts_with("dense product "), "{report}");
+    let sizes = ["channels", "mlp_width", "rows", "sequences", "tokens_per_sequence", "heads", "vocab_size", "repeats"];
+    assert_eq!(sizes.map(|name| report[name].as_u64().unwrap()), [16, 64, 8, 2, 4, 1, 100, 1]);
+    let kernels = report["kernels"].as_array().unwrap();
+    assert_eq!((kernels.len(), report["sums"].as_array().unwrap().len()), (6 * 3, 3));
+    for kernel in kernels {
+        all_positive(kernel, &TIMING);
+        all_positive(kernel, &["gflop_per_s", "density", "of_dense", "speed_up", "ideal_speed_up"]);
+        let product = |a: &str, b: &str| kernel[a].as_f64().unwrap() * kernel[b].as_f64().unwrap();
+        assert!((product("speed_up", "of_dense") - 1.0).abs() < 1e-9, "{kernel}");
+        let floor = product("fraction_of_floor", "milliseconds");
+        assert!((floor / kernel["floor_milliseconds"].as_f64().unwrap() - 1.0).abs() < 1e-9, "{kernel}");
+    }
+    let break_even = report["break_even"].as_array().unwrap();
+    assert_eq!((break_even.len(), &break_even[6]["product"]), (7, &"all six".into()));
+    break_even.iter().for_each(|product| all_positive(product, &["density"]));
+    let operations = report["operations"].as_array().unwrap();
+    assert_eq!((operations.len(), &operations[16]["operation"]), (17, &"AdamW".into()));
+    operations.iter().for_each(|operation| all_positive(operation, &TIMING));
+    assert_eq!(
+        (&operations[8]["operation"], &operations[16]["gflop_per_s"]),
+        (&"attention forward".into(), &0.0.into())
+    );
+    for buffers in ["product_buffers", "operation_buffers"] {
+        all_positive(&report[buffers], &["sets", "least_bytes"]);
+    }
+}
+
+#[test]
+fn bench_kernels_prints_what_was_measured() {
+    let text = Place::new().ok(SMALL_KERNELS);
+    let parts = [
+        "C=16 W=64 M=8 in fp32 on CPU",
+        "this device, measured: ",
+        " GFLOP/s (dense product ",
+        " MB a run)",
+        "products of the MLP, on 16 sets of buffers in turn",
+        "FC2 weight gradient ",
+        "all six ",
+        "the band is faster than the dense product",
+        "other operations, B=2 T=4 NH=1 V=100, on 16 sets of buffers in turn",
+        "head + loss, all gradients ",
+        "AdamW ",
+    ];
+    for part in parts {
+        assert!(text.contains(part), "'{part}' is missing in {text}");
+    }
+    // The defaults: 4C, 2C, C and C / 2.
+    for bandwidth in [64, 32, 16, 8] {
+        assert!(text.lines().any(|line| line.starts_with(&format!("FC1 input gradient {bandwidth:>18} "))), "{text}");
+    }
+}
+
+#[test]
+fn bench_step_tells_everything_in_json() {
+    let place = Place::new();
+    let report = json(&place, "bench step --preset toy -b 1 -t 4 -w 64 --repeats 1 --peak-tflops 2 --json");
+    all_positive(&report, &["peak_tflop_per_s", "sequences", "tokens_per_sequence", "repeats"]);
+    let steps = report["steps"].as_array().unwrap();
+    assert_eq!((steps.len(), &steps[0]["speed_up"], &steps[1]["fc1_bandwidth"]), (2, &1.0.into(), &64.into()));
+    let ceiling = report["ceilings"]["gflop_per_s"].as_f64().unwrap();
+    for step in steps {
+        let names = ["parameters", "milliseconds", "tok_per_s", "gflop_per_s", "mfu", "mfu_of_peak", "estimated_bytes"];
+        all_positive(step, &names);
+        let number = |name: &str| step[name].as_f64().unwrap();
+        assert!((number("mfu") * ceiling / number("gflop_per_s") - 1.0).abs() < 1e-9, "{step}");
+        assert!((number("mfu_of_peak") * 2e3 / number("gflop_per_s") - 1.0).abs() < 1e-9, "{step}");
+        assert!((number("tok_per_s") * number("milliseconds") - 4e3).abs() < 1e-6, "{step}");
+        let groups = step["groups"].as_array().unwrap();
+        // Embeddings are what is left over.
+        groups.iter().for_each(|group| all_positive(group, &["milliseconds", "share"]));
+        assert_eq!((groups.len(), &groups[0]["group"], &step["timed_by"]), (7, &"mlp_products".into(), &"host".into()));
+        let seconds: f64 = step["ops"].as_array().unwrap().iter().map(|op| op["seconds"].as_f64().unwrap()).sum();
+        let together: f64 = groups.iter().map(|group| group["milliseconds"].as_f64().unwrap()).sum();
+        assert!((together - 1e3 * seconds).abs() < 1e-9, "{step}");
+    }
+    let ops_of = |step: &Value, part: &str| -> Vec<String> {
+        let ops = step["ops"].as_array().unwrap().iter().filter(|op| op["part"] == part);
+        ops.map(|op| op["op"].as_str().unwrap().to_string()).collect()
+    };
+    assert_eq!((ops_of(&steps[0], "mlp").len(), ops_of(&steps[0], "attention").len()), (3, 3));
+    assert!(ops_of(&steps[1], "mlp").is_empty() && ops_of(&steps[1], "model").contains(&"band_outer".to_string()));
+    let without_peak = json(&place, "bench step -b 1 -t 4 --repeats 1 --json");
+    assert!(without_peak["steps"][0]["mfu_of_peak"].is_null() && without_peak["peak_tflop_per_s"].is_null());
+}
+
+#[test]
+fn bench_step_prints_what_was_measured() {
+    let place = Place::new();
+    let text = place.ok("bench step -b 1 -t 4 --repeats 1 --peak-tflops 0.5");
+    let parts = [
+        "toy: B=1 T=4 in fp32 on CPU",
+        "this device, measured: ",
+        "of peak: of the 0.5 TFLOP/s given with --peak-tflops",
+        "one step by groups, ms and share, timed by the host",
+        "attention products",
+        "head + loss",
+        "banded 256: ",
+        "linear_backward_weight, MLP",
+    ];
+    for part in parts {
+        assert!(text.contains(part), "'{part}' is missing in {text}");
+    }
+    assert!(!place.ok("bench step -b 1 -t 4 --repeats 1").contains("of peak"));
 }
 
 #[test]

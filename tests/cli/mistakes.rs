@@ -108,6 +108,30 @@ fn numbers_out_of_range_are_refused() {
     place.mistake("tokenize --input a --output b --val-output c --val-fraction 1", "it must lie between 0 and 1");
 }
 
+#[test]
+fn what_bench_does_not_listen_to_is_refused() {
+    let place = Place::new();
+    for flag in ["--preset toy", "-b 4", "--peak-tflops 165"] {
+        place.mistake(
+            &format!("bench kernels {flag}"),
+            "means nothing to 'bench kernels'; leave it out or use 'bench step'",
+        );
+    }
+    for flag in ["-C 64", "--rows 64", "--vocab-size 64"] {
+        place.mistake(
+            &format!("bench step {flag}"),
+            "means nothing to 'bench step'; leave it out or use 'bench kernels'",
+        );
+    }
+    place.mistake("bench step --preset nonesuch", "there is no preset 'nonesuch'");
+    place.mistake("bench step --peak-tflops 0", "it must be above 0");
+    place.mistake("bench step --peak-tflops nan", "it must be a number");
+    place.mistake("bench kernels --vocab-size 0", "it must be at least 1");
+    place.mistake("bench kernels -C 16 --rows 8 --vocab-size 100000", "the vocabulary size V is 100000");
+    place.mistake("bench kernels --rows 100 -t 30", "100 rows are no whole number of sequences of 30 tokens");
+    place.mistake("bench kernels -w 0", "it must be at least 1");
+}
+
 /// A pair of words that multiply beyond 64 bits, or to more memory than there is, must not get as far as allocating it.
 #[test]
 fn what_memory_cannot_hold_is_refused_before_it_is_asked_for() {

@@ -33,7 +33,7 @@ pub use embed::Tokens;
 pub use libraries::{Library, ensure, loaded_from};
 pub use report::{KernelUse, kernel_uses};
 
-use super::{Arithmetic, Device, HeadDims, OpTime, Role, SequenceDims, Write};
+use super::{Arithmetic, Device, HeadDims, OpTime, Part, Role, SequenceDims, Write};
 use crate::error::{Error, Result};
 use crate::shapes::Span;
 use blas::Blas;
@@ -434,6 +434,10 @@ impl Device for Cuda {
         self.sync()?;
         self.tape.start_profile();
         Ok(true)
+    }
+
+    fn profile_part(&mut self, part: Part) {
+        self.tape.set_part(part);
     }
 
     fn profile_finish(&mut self) -> Result<Vec<OpTime>> {

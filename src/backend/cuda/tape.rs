@@ -6,7 +6,7 @@
 use super::blas::{Blas, Call};
 use super::compiler::{KernelId, Kernels};
 use super::driver::{Driver, Event, TensorMap, fault};
-use crate::backend::OpTime;
+use crate::backend::{OpTime, Part};
 use crate::error::{Error, Result};
 use cudarc::driver::{result, sys};
 use std::collections::{HashMap, VecDeque};
@@ -44,10 +44,13 @@ enum Known {
 /// The work recorded since the last submission, and the recordings known.
 pub(super) struct Tape {
     works: Vec<Work>,
+    /// The part of the model that each of them belongs to, and the one that the next ones will.
+    parts: Vec<Part>,
+    part: Part,
     known: HashMap<Vec<Work>, Known>,
     /// The known ones, the oldest first.
     order: VecDeque<Vec<Work>>,
-    profile: Option<Vec<(Work, Event, Event)>>,
+    profile: Option<Vec<(Work, Part, Event, Event)>>,
     /// Wait for each piece of work, so that a fault is known by its kernel.
     stepwise: bool,
 }
@@ -58,11 +61,25 @@ const STEPWISE_VARIABLE: &str = "BANDTRAIN_CUDA_STEPWISE";
 impl Tape {
     pub(super) fn new() -> Self {
         let stepwise = std::env::var_os(STEPWISE_VARIABLE).is_some();
-        Self { works: Vec::new(), known: HashMap::new(), order: VecDeque::new(), profile: None, stepwise }
+        Self {
+            works: Vec::new(),
+            parts: Vec::new(),
+            part: Part::default(),
+            known: HashMap::new(),
+            order: VecDeque::new(),
+            profile: None,
+            stepwise,
+        }
     }
 
     pub(super) fn push(&mut self, work: Work) {
         self.works.push(work);
+        self.parts.push(self.part);
+    }
+
+    /// The part of the model that what is pushed from now on belongs to.
+    pub(super) fn set_part(&mut self, part: Part) {
+        self.part = part;
     }
 
     /// Submits what is recorded.
@@ -73,14 +90,14 @@ impl Tape {
         if self.works.is_empty() {
             return Ok(());
         }
-        let works = std::mem::take(&mut self.works);
+        let (works, parts) = (std::mem::take(&mut self.works), std::mem::take(&mut self.parts));
         if let Some(profile) = &mut self.profile {
-            for work in works {
+            for (work, part) in works.into_iter().zip(parts) {
                 let (start, end) = (Event::new(true)?, Event::new(true)?);
                 start.record(driver)?;
                 run(&work, driver, kernels, blas)?;
                 end.record(driver)?;
-                profile.push((work, start, end));
+                profile.push((work, part, start, end));
             }
             return Ok(());
         }
@@ -131,18 +148,18 @@ impl Tape {
     /// The times of what ran since, by operation and kernel in the order they first ran; all submitted work is done.
     pub(super) fn finish_profile(&mut self, kernels: &Kernels, blas: &Blas) -> Result<Vec<OpTime>> {
         let mut times: Vec<OpTime> = Vec::new();
-        for (work, start, end) in self.profile.take().unwrap_or_default() {
+        for (work, part, start, end) in self.profile.take().unwrap_or_default() {
             let (op, kernel) = match &work {
                 Work::Launch { kernel, op, .. } => (*op, kernels.name(*kernel).to_string()),
                 Work::Product { call, op } => (*op, blas.describe(call)),
             };
             let seconds = start.seconds_until(&end)?;
-            match times.iter_mut().find(|time| time.op == op && time.kernel == kernel) {
+            match times.iter_mut().find(|time| (time.op, time.part, &time.kernel) == (op, part, &kernel)) {
                 Some(time) => {
                     time.count += 1;
                     time.seconds += seconds;
                 }
-                None => times.push(OpTime { op, kernel, count: 1, seconds }),
+                None => times.push(OpTime { op, part, kernel, count: 1, seconds }),
             }
         }
         Ok(times)

@@ -32,7 +32,7 @@ pub use pipelines::{Element, Kernel, dump_shaders};
 pub use recorder::Pending;
 pub use tuning::{Tuning, WORKGROUP_SIZES};
 
-use super::{Device, HeadDims, OpTime, Role, SequenceDims, Write};
+use super::{Device, HeadDims, OpTime, Part, Role, SequenceDims, Write};
 use crate::error::{Error, Result};
 use crate::output;
 use crate::shapes::{Span, TENSOR_ALIGN};
@@ -60,8 +60,9 @@ pub struct Wgpu {
     binding_bytes: u64,
     next_id: u64,
     scratch: HashMap<&'static str, Buffer>,
-    /// The operation that dispatches belong to, for their times.
+    /// The operation that dispatches belong to, and the part of the model, for their times.
     op: &'static str,
+    part: Part,
 }
 
 /// Every kernel instantiation that the presets' shapes, and shapes that fit no tile, can lead to on adapters with this much
@@ -96,7 +97,8 @@ impl Wgpu {
         let pipelines = Pipelines::new(options.checked, kept)?;
         let binding_bytes = options.binding_bytes.unwrap_or(u64::MAX).max(MIN_BINDING_BYTES);
         let scratch = HashMap::new();
-        Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch, op: "" })
+        let (op, part) = ("", Part::default());
+        Ok(Self { gpu, pipelines, recorder, graveyard, tuning, binding_bytes, next_id: 0, scratch, op, part })
     }
 
     /// The adapter it runs on.
@@ -124,7 +126,7 @@ impl Wgpu {
         groups: usize,
         flops: f64,
     ) -> Result<()> {
-        let work = Work { op: self.op, kernel, binds, words, groups, flops };
+        let work = Work { op: self.op, part: self.part, kernel, binds, words, groups, flops };
         self.recorder.dispatch(&self.gpu, &mut self.pipelines, &work)
     }
 
@@ -277,6 +279,10 @@ impl Device for Wgpu {
 
     fn profile_start(&mut self) -> Result<bool> {
         self.recorder.profile_start(&self.gpu)
+    }
+
+    fn profile_part(&mut self, part: Part) {
+        self.part = part;
     }
 
     fn profile_finish(&mut self) -> Result<Vec<OpTime>> {

@@ -2,7 +2,7 @@
 
 use super::device::Gpu;
 use super::recorder;
-use crate::backend::OpTime;
+use crate::backend::{OpTime, Part};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
@@ -11,8 +11,8 @@ const MAX_DISPATCHES: u32 = wgpu::QUERY_SET_MAX_QUERIES / 2;
 /// Bytes of the timestamps of one dispatch.
 const PAIR_BYTES: u64 = 16;
 
-/// An operation and one of its kernels.
-type Name = (&'static str, String);
+/// An operation, the part of the model it runs for, and one of its kernels.
+type Name = (&'static str, Part, String);
 
 /// What has been timed so far.
 pub(super) struct Profile {
@@ -48,14 +48,9 @@ impl Profile {
     }
 
     /// Begins the pass of a dispatch.
-    pub(super) fn pass(
-        &mut self,
-        encoder: &mut wgpu::CommandEncoder,
-        op: &'static str,
-        kernel: String,
-    ) -> wgpu::ComputePass<'static> {
+    pub(super) fn pass(&mut self, encoder: &mut wgpu::CommandEncoder, name: Name) -> wgpu::ComputePass<'static> {
         let first = 2 * self.recorded.len() as u32;
-        self.recorded.push((op, kernel));
+        self.recorded.push(name);
         let timestamp_writes = Some(wgpu::ComputePassTimestampWrites {
             query_set: &self.timestamps,
             beginning_of_pass_write_index: Some(first),
@@ -98,7 +93,7 @@ impl Profile {
 
     /// All times.
     pub(super) fn finish(self) -> Vec<OpTime> {
-        let time = |((op, kernel), (count, seconds))| OpTime { op, kernel, count, seconds };
+        let time = |((op, part, kernel), (count, seconds))| OpTime { op, part, kernel, count, seconds };
         self.times.into_iter().map(time).collect()
     }
 }

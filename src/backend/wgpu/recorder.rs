@@ -4,7 +4,7 @@ use super::buffer::{Bind, Buffer, Graveyard};
 use super::device::Gpu;
 use super::pipelines::{Kernel, Pipelines};
 use super::profile::Profile;
-use crate::backend::OpTime;
+use crate::backend::{OpTime, Part};
 use crate::error::{Error, Result};
 use crate::shapes::{Span, TENSOR_ALIGN};
 use std::collections::HashMap;
@@ -32,8 +32,9 @@ struct Recording {
 /// Workgroups of a kernel to be run.
 #[derive(Clone, Copy)]
 pub(super) struct Work<'a> {
-    /// The operation it is a part of.
+    /// The operation it is a part of, and the part of the model that this runs for.
     pub(super) op: &'static str,
+    pub(super) part: Part,
     pub(super) kernel: &'a Kernel,
     pub(super) binds: &'a [Bind<'a>],
     /// The kernel's parameters after the first three.
@@ -99,7 +100,7 @@ impl Recorder {
 
     /// Records a kernel's workgroups, in as many dispatches as the grid's size and the work ask for.
     pub(super) fn dispatch(&mut self, gpu: &Gpu, pipelines: &mut Pipelines, work: &Work<'_>) -> Result<()> {
-        let Work { op, kernel, binds, words, groups, flops } = *work;
+        let Work { op, part, kernel, binds, words, groups, flops } = *work;
         if groups == 0 {
             return Ok(());
         }
@@ -122,7 +123,7 @@ impl Recorder {
                 let recording = recording(&mut self.recording, gpu);
                 // The last one ends before this one begins.
                 recording.pass = None;
-                recording.pass = Some(profile.pass(&mut recording.encoder, op, kernel.name()));
+                recording.pass = Some(profile.pass(&mut recording.encoder, (op, part, kernel.name())));
             }
             let pass = pass(&mut self.recording, gpu);
             pass.set_pipeline(&pipeline.pipeline);
