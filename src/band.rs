@@ -1,4 +1,4 @@
-//! The band: which connections of an MLP layer exist, and how their weights lie in memory.
+//! The band, or the blocks in its place: which connections of an MLP layer exist, and how their weights lie in memory.
 //!
 //! A band joins a narrow axis i in [0, N) with a wide axis j in [0, W), W >= N. The connection (j, i) exists exactly when
 //! |j - i*W/N| <= bandwidth/2, a closed interval in real arithmetic; multiplied by 2N it is decided in integers:
@@ -7,9 +7,17 @@
 //! Weights lie packed by wide row. A *panel* is [`PANEL_ROWS`] consecutive wide rows times the window of narrow columns
 //! that any of these rows touches, the window's start and width rounded to [`ALIGN`] columns so that every panel row
 //! starts at a 16-byte boundary (8 bf16 or 4 f32) and holds whole steps of an MMA's depth (16). Slots of a window outside
-//! the exact band hold 0.0 at all times. This module is the only place that knows the geometry: backends receive
-//! [`Band::table`] as a buffer.
+//! the exact band hold 0.0 at all times.
+//!
+//! Where [`Blocks`] stand in a band's place, each of them is two panels, one below the other: its columns are their window. The two follow
+//! each other in the list, the blocks of a block row from left to right after them, and block rows downwards; the second panel
+//! of a block whose rows all lie in the first has no rows. What is true of a band's panels is true of these, but that
+//! several share their wide rows.
+//!
+//! This module is the only place that knows the geometry: backends receive [`Band::table`] as a buffer.
 
+use crate::bandwidths::Connections;
+use crate::blocks::{self, BLOCK_COLS, BLOCK_ROWS, Blocks};
 use crate::error::{Error, Result};
 use std::fmt::Write;
 use std::ops::Range;
@@ -29,7 +37,7 @@ const MAX_AXIS: usize = 1 << 20;
 pub struct Panel {
     /// First wide row.
     pub row_start: usize,
-    /// Wide rows; [`PANEL_ROWS`] but for the last panel.
+    /// Wide rows; [`PANEL_ROWS`] but for the last panel, or the last block row's.
     pub rows: usize,
     /// First narrow column of the window, a multiple of [`ALIGN`].
     pub col_start: usize,
@@ -66,14 +74,22 @@ pub enum Dense {
     NarrowByWide,
 }
 
-/// A band between a narrow axis of N and a wide axis of W elements, with its panels.
+/// A band between a narrow axis of N and a wide axis of W elements, or blocks in its place, with its panels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Band {
     narrow: usize,
     wide: usize,
-    bandwidth: usize,
+    shape: Shape,
+    /// Per wide row: the columns in which a slot of a panel is a connection. A band's are exact; of blocks they are all.
     rows: Vec<Range<usize>>,
     panels: Vec<Panel>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Shape {
+    /// The band of a bandwidth.
+    Diagonal(usize),
+    Blocks(Blocks),
 }
 
 impl Band {
@@ -86,16 +102,45 @@ impl Band {
         if bandwidth == 0 {
             return Err(Error::usage("a band needs a bandwidth of at least 1; bandwidth 0 means a dense layer"));
         }
-        if narrow == 0 || wide < narrow || wide > MAX_AXIS {
-            return Err(Error::usage(format!(
-                "a band needs 1 <= N <= W <= {MAX_AXIS}, but N (narrow) is {narrow} and W (wide) is {wide}"
-            )));
-        }
+        check_axes(narrow, wide)?;
         // Anything from 2W on keeps everything; clamping keeps the arithmetic small without changing the band.
         let reach = bandwidth.min(2 * wide) as i64;
         let rows: Vec<_> = (0..wide).map(|j| columns_of_row(j as i64, narrow as i64, wide as i64, reach)).collect();
         let panels = panels(&rows, PANEL_ROWS, ALIGN);
-        Ok(Self { narrow, wide, bandwidth, rows, panels })
+        Ok(Self { narrow, wide, shape: Shape::Diagonal(bandwidth), rows, panels })
+    }
+
+    /// Blocks between `narrow` = N and `wide` = W elements in the place of a band. Any set will do that is not empty, though of
+    /// rows and columns without blocks nothing is computed but biases.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for axes that [`Band::new`] refuses, for blocks of other axes, and for none.
+    pub fn of_blocks(narrow: usize, wide: usize, blocks: Blocks) -> Result<Self> {
+        check_axes(narrow, wide)?;
+        if (blocks.down(), blocks.across()) != blocks::grid(narrow, wide) {
+            let (down, across) = (blocks.down(), blocks.across());
+            return Err(Error::usage(format!("{down} x {across} blocks do not make a layer of {wide} x {narrow}")));
+        }
+        if blocks.count() == 0 {
+            return Err(Error::usage("a layer keeps at least one block, but this one keeps none"));
+        }
+        let panels = block_panels(&blocks, narrow, wide);
+        Ok(Self { narrow, wide, shape: Shape::Blocks(blocks), rows: vec![0..narrow; wide], panels })
+    }
+
+    /// What `connections` keep of a layer of `narrow` = N and `wide` = W elements; `stream` tells apart the layers of a model
+    /// whose random patterns share a seed.
+    ///
+    /// # Errors
+    /// As [`Band::new`].
+    pub fn of(connections: Connections, narrow: usize, wide: usize, stream: u64) -> Result<Self> {
+        match connections {
+            Connections::Band(bandwidth) => Self::new(narrow, wide, bandwidth),
+            Connections::Pattern(pattern) => {
+                check_axes(narrow, wide)?;
+                Self::of_blocks(narrow, wide, Blocks::of(pattern, narrow, wide, stream))
+            }
+        }
     }
 
     /// The bandwidth whose band between `narrow` = N and `wide` = W elements comes nearest to a share of all connections;
@@ -136,30 +181,79 @@ impl Band {
         self.wide
     }
 
-    /// The bandwidth, in wide elements, as given.
+    /// The bandwidth, in wide elements, as given; 0 of blocks, which have none.
     pub fn bandwidth(&self) -> usize {
-        self.bandwidth
+        match self.shape {
+            Shape::Diagonal(bandwidth) => bandwidth,
+            Shape::Blocks(_) => 0,
+        }
+    }
+
+    /// The blocks that stand in the band's place.
+    pub fn blocks(&self) -> Option<&Blocks> {
+        match &self.shape {
+            Shape::Diagonal(_) => None,
+            Shape::Blocks(blocks) => Some(blocks),
+        }
+    }
+
+    /// What it is called: `bandwidth 1024`, `56 of 128 blocks`.
+    pub fn title(&self) -> String {
+        match &self.shape {
+            Shape::Diagonal(bandwidth) => format!("bandwidth {bandwidth}"),
+            Shape::Blocks(blocks) => format!("{} of {} blocks", blocks.count(), blocks.down() * blocks.across()),
+        }
     }
 
     /// Whether wide element j and narrow element i are connected.
     pub fn contains(&self, j: usize, i: usize) -> bool {
-        j < self.wide && self.rows[j].contains(&i)
+        let kept = self.blocks().is_none_or(|blocks| blocks.contains(j / BLOCK_ROWS, i / BLOCK_COLS));
+        kept && j < self.wide && self.rows[j].contains(&i)
     }
 
-    /// Narrow elements connected to wide element j.
+    /// Narrow elements from the first to the last one connected to wide element j; a band connects all of them.
     pub fn row(&self, j: usize) -> Range<usize> {
-        self.rows[j].clone()
+        match &self.shape {
+            Shape::Diagonal(_) => self.rows[j].clone(),
+            Shape::Blocks(blocks) => span(blocks.row(j / BLOCK_ROWS), BLOCK_COLS, self.narrow),
+        }
     }
 
-    /// Wide elements connected to narrow element i.
+    /// Narrow elements connected to wide element j among the columns of one of its panels.
+    pub fn kept(&self, panel: &Panel, j: usize) -> Range<usize> {
+        let end = panel.col_start + panel.cols;
+        let start = self.rows[j].start.clamp(panel.col_start, end);
+        start..self.rows[j].end.clamp(start, end)
+    }
+
+    /// Packed slots of wide element j: the connections that are multiplied for it, and those that are stored as zeros.
+    pub fn row_slots(&self, j: usize) -> usize {
+        self.panels.iter().filter(|panel| panel.row_range().contains(&j)).map(|panel| panel.cols).sum()
+    }
+
+    /// How many wide elements are connected to narrow element i.
+    pub fn column_len(&self, i: usize) -> usize {
+        match &self.shape {
+            Shape::Diagonal(_) => self.column(i).len(),
+            Shape::Blocks(blocks) => {
+                blocks.column(i / BLOCK_COLS).map(|row| part(row, BLOCK_ROWS, self.wide).len()).sum()
+            }
+        }
+    }
+
+    /// Wide elements from the first to the last one connected to narrow element i; a band connects all of them.
     pub fn column(&self, i: usize) -> Range<usize> {
+        let bandwidth = match &self.shape {
+            Shape::Diagonal(bandwidth) => *bandwidth,
+            Shape::Blocks(blocks) => return span(blocks.column(i / BLOCK_COLS), BLOCK_ROWS, self.wide),
+        };
         let (i, n, w) = (i as i64, self.narrow as i64, self.wide as i64);
-        let reach = self.bandwidth.min(2 * self.wide) as i64;
+        let reach = bandwidth.min(2 * self.wide) as i64;
         // |j - i*W/N| <= reach/2  <=>  (2iW - reach*N) / 2N <= j <= (2iW + reach*N) / 2N
         interval(div_ceil(2 * i * w - reach * n, 2 * n), (2 * i * w + reach * n).div_euclid(2 * n), w)
     }
 
-    /// Wide elements connected to any of these narrow ones.
+    /// Wide elements connected to any of these narrow ones, of a band.
     pub fn rows_of(&self, columns: Range<usize>) -> Range<usize> {
         // Ranges move down column by column.
         let mut touched = columns.map(|i| self.column(i)).filter(|rows| !rows.is_empty());
@@ -173,12 +267,16 @@ impl Band {
         &self.panels
     }
 
-    /// The panels as they would be with other constants than [`PANEL_ROWS`] and [`ALIGN`], for files packed with those.
+    /// The panels of a band as they would be with other constants than [`PANEL_ROWS`] and [`ALIGN`], for files packed with
+    /// those; of blocks there are none but their own.
     ///
     /// # Panics
     /// When a constant is 0: a fault of the caller.
     pub fn panels_with(&self, panel_rows: usize, align: usize) -> Vec<Panel> {
-        panels(&self.rows, panel_rows, align)
+        match self.shape {
+            Shape::Diagonal(_) => panels(&self.rows, panel_rows, align),
+            Shape::Blocks(_) => self.panels.clone(),
+        }
     }
 
     /// Elements of the packed buffer, window padding included.
@@ -188,7 +286,8 @@ impl Band {
 
     /// Connections that exist.
     pub fn count(&self) -> usize {
-        self.rows.iter().map(Range::len).sum()
+        let of_panel = |panel: &Panel| panel.row_range().map(|j| self.kept(panel, j).len()).sum::<usize>();
+        self.panels.iter().map(of_panel).sum()
     }
 
     /// Share of the dense layer's connections that exist, 0..=1.
@@ -201,8 +300,8 @@ impl Band {
         self.count() == self.narrow * self.wide
     }
 
-    /// For each tile of [`COLUMN_TILE`] narrow columns, the range of panels whose windows touch it: what a contraction
-    /// onto that tile has to visit.
+    /// For each tile of [`COLUMN_TILE`] narrow columns, the panels from the first to the last one whose window touches it:
+    /// what a contraction onto that tile has to visit (of blocks, some of them).
     pub fn column_tiles(&self) -> Vec<Range<usize>> {
         (0..self.narrow)
             .step_by(COLUMN_TILE)
@@ -218,7 +317,10 @@ impl Band {
 
     /// The columns that any row of a panel touches: its window without the rounding to [`ALIGN`].
     pub fn window(&self, panel: &Panel) -> Range<usize> {
-        window(&self.rows[panel.row_range()])
+        match self.shape {
+            Shape::Diagonal(_) => window(&self.rows[panel.row_range()]),
+            Shape::Blocks(_) => panel.col_start..(panel.col_start + panel.cols).min(self.narrow),
+        }
     }
 
     /// The (row j, column i) that packed slot `slot` of `panel` means; `None` for a slot outside the exact band.
@@ -233,8 +335,10 @@ impl Band {
     /// |---|---|
     /// | 0..8 | N, W, panels, [`PANEL_ROWS`], column tiles, [`COLUMN_TILE`], offset of the rows, offset of the tiles |
     /// | 8.. | per panel: row_start, rows, col_start, cols, offset |
-    /// | rows.. | per wide row: first column, end column of the exact band |
+    /// | rows.. | per wide row: first column, end column of the exact band; of blocks 0 and N |
     /// | tiles.. | per column tile: first panel, end panel |
+    ///
+    /// Of blocks, panels 2k and 2k + 1 are those of block k.
     pub fn table(&self) -> Vec<u32> {
         let tiles = self.column_tiles();
         let rows_at = 8 + 5 * self.panels.len();
@@ -308,19 +412,20 @@ impl Band {
         picture
     }
 
-    /// The band as an SVG picture, one polygon along the exact ranges; light and dark pages both suit it.
+    /// The band as an SVG picture, one polygon along the exact ranges, or one for each block; light and dark pages both suit
+    /// it.
     pub fn svg(&self) -> String {
         let (n, w) = (self.narrow, self.wide);
         let height = 320.0;
         let (sx, sy) = (height / n as f64, height / w as f64);
         let mut path = String::new();
-        for (j, row) in self.rows.iter().enumerate().filter(|(_, row)| !row.is_empty()) {
-            let (x, y) = (row.start as f64 * sx, j as f64 * sy);
+        for (rows, cols) in self.rectangles() {
+            let (x, y) = (cols.start as f64 * sx, rows.start as f64 * sy);
+            let (width, height) = (cols.len() as f64 * sx, rows.len() as f64 * sy);
             // Writing to a String cannot fail.
-            let _ = write!(path, "M{x:.3} {y:.3}h{:.3}v{sy:.3}H{x:.3}z", row.len() as f64 * sx);
+            let _ = write!(path, "M{x:.3} {y:.3}h{width:.3}v{height:.3}H{x:.3}z");
         }
-        let title =
-            format!("N={n} W={w} bandwidth {}: {:.2} % of the connections", self.bandwidth, 100.0 * self.density());
+        let title = format!("N={n} W={w} {}: {:.2} % of the connections", self.title(), 100.0 * self.density());
         format!(
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"-24 -24 368 368\" width=\"368\" height=\"368\" \
              font-family=\"sans-serif\" font-size=\"12\"><title>{title}</title>\
@@ -330,13 +435,52 @@ impl Band {
         )
     }
 
+    /// Rows and columns that are kept as wholes and together are everything: a band's rows, or the blocks.
+    fn rectangles(&self) -> Vec<(Range<usize>, Range<usize>)> {
+        match &self.shape {
+            Shape::Diagonal(_) => {
+                let rows = self.rows.iter().enumerate().filter(|(_, row)| !row.is_empty());
+                rows.map(|(j, row)| (j..j + 1, row.clone())).collect()
+            }
+            Shape::Blocks(blocks) => {
+                let kept = (0..blocks.down()).flat_map(|row| blocks.row(row).map(move |col| (row, col)));
+                kept.map(|(row, col)| (part(row, BLOCK_ROWS, self.wide), part(col, BLOCK_COLS, self.narrow))).collect()
+            }
+        }
+    }
+
     /// Connections kept, and connections there are, in a rectangle.
     fn count_in(&self, rows: Range<usize>, cols: Range<usize>) -> (usize, usize) {
         let all = rows.len() * cols.len();
-        let kept =
-            rows.map(|j| self.rows[j].end.min(cols.end).saturating_sub(self.rows[j].start.max(cols.start))).sum();
-        (kept, all)
+        let common = |row: &Range<usize>| row.end.min(cols.end).saturating_sub(row.start.max(cols.start));
+        let of_row = |j: usize| match &self.shape {
+            Shape::Diagonal(_) => common(&self.rows[j]),
+            Shape::Blocks(blocks) => {
+                blocks.row(j / BLOCK_ROWS).map(|col| common(&part(col, BLOCK_COLS, self.narrow))).sum()
+            }
+        };
+        (rows.map(of_row).sum(), all)
     }
+}
+
+fn check_axes(narrow: usize, wide: usize) -> Result<()> {
+    if narrow == 0 || wide < narrow || wide > MAX_AXIS {
+        return Err(Error::usage(format!(
+            "a band needs 1 <= N <= W <= {MAX_AXIS}, but N (narrow) is {narrow} and W (wide) is {wide}"
+        )));
+    }
+    Ok(())
+}
+
+/// Part `index` of an axis that is cut into parts of `size`.
+fn part(index: usize, size: usize, axis: usize) -> Range<usize> {
+    index * size..((index + 1) * size).min(axis)
+}
+
+/// From the start of the first to the end of the last of these parts of an axis; 0..0 when there is none.
+fn span(mut parts: impl DoubleEndedIterator<Item = usize>, size: usize, axis: usize) -> Range<usize> {
+    let Some(first) = parts.next() else { return 0..0 };
+    part(first, size, axis).start..part(parts.next_back().unwrap_or(first), size, axis).end
 }
 
 /// Part `index` of `parts` of an axis.
@@ -379,6 +523,25 @@ fn panels(rows: &[Range<usize>], panel_rows: usize, align: usize) -> Vec<Panel> 
             let col_start = window.start / align * align;
             let cols = window.end.next_multiple_of(align) - col_start;
             let panel = Panel { row_start: index * panel_rows, rows: chunk.len(), col_start, cols, offset };
+            offset += panel.len();
+            panel
+        })
+        .collect()
+}
+
+/// The two panels of each block.
+fn block_panels(blocks: &Blocks, narrow: usize, wide: usize) -> Vec<Panel> {
+    let kept = (0..blocks.down()).flat_map(|row| blocks.row(row).map(move |col| (row, col)));
+    let halves = kept.flat_map(|(row, col)| {
+        let (rows, cols) = (part(row, BLOCK_ROWS, wide), part(col, BLOCK_COLS, narrow));
+        let middle = (rows.start + PANEL_ROWS).min(rows.end);
+        [(rows.start..middle, cols.clone()), (middle..rows.end, cols)]
+    });
+    let mut offset = 0;
+    halves
+        .map(|(rows, cols)| {
+            let (col_start, cols) = (cols.start, cols.len().next_multiple_of(ALIGN));
+            let panel = Panel { row_start: rows.start, rows: rows.len(), col_start, cols, offset };
             offset += panel.len();
             panel
         })
@@ -462,7 +625,101 @@ mod tests {
         assert!(band.svg().contains("<path d=\"M0.000 0.000h"));
     }
 
+    /// Blocks by lot: each has a bit of `lots`, again and again; and the last one.
+    fn some_blocks(n: usize, w: usize, lots: u64) -> Blocks {
+        let mut blocks = Blocks::none(n, w);
+        let (down, across) = (blocks.down(), blocks.across());
+        for index in (0..down * across).filter(|&index| lots.rotate_right(index as u32) & 1 == 1) {
+            blocks.keep(index / across, index % across);
+        }
+        blocks.keep(down - 1, across - 1);
+        blocks
+    }
+
+    #[test]
+    fn blocks_say_their_exact_density() {
+        let of = |text: &str, n, w| Band::of(Connections::Pattern(text.parse().unwrap()), n, w, 0).unwrap();
+        for text in ["random:0.438", "strided:0.438:"] {
+            let band = of(text.trim_end_matches(':'), 512, 2048);
+            assert_eq!((band.count(), band.packed_len()), (56 * 128 * 64, 56 * 128 * 64));
+            assert_eq!((band.density(), band.title()), (0.4375, "56 of 128 blocks".to_string()));
+        }
+        // Rows and columns that make no whole block: one for each row and column at least.
+        let band = of("strided:0.1", 70, 140);
+        assert_eq!(band.count(), 128 * 64 + 12 * 6);
+        assert!(of("random:0.9", 30, 60).cuts_nothing());
+    }
+
+    #[test]
+    fn blocks_of_another_layer_are_refused() {
+        assert!(Band::of_blocks(64, 128, Blocks::none(64, 129)).is_err());
+        assert!(Band::of_blocks(64, 63, Blocks::none(64, 63)).is_err());
+        assert!(Band::of_blocks(64, 128, Blocks::none(64, 128)).is_err());
+    }
+
+    #[test]
+    fn pictures_show_blocks() {
+        let mut blocks = Blocks::none(256, 512);
+        [(0, 0), (1, 2), (3, 3)].into_iter().for_each(|(row, col)| blocks.keep(row, col));
+        let band = Band::of_blocks(256, 512, blocks).unwrap();
+        assert_eq!(band.ascii(8), "##......\n....##..\n........\n......##\n");
+        assert!(
+            band.svg().contains("<path d=\"M0.000 0.000h80.000v80.000H0.000zM160.000 80.000h80.000v80.000H160.000z")
+        );
+        assert!(band.svg().contains("3 of 16 blocks: 18.75 %"));
+    }
+
     proptest! {
+        #[test]
+        fn every_connection_of_blocks_has_one_slot(n in 1usize..200, extra in 0usize..500, lots: u64) {
+            let w = n + extra;
+            let blocks = some_blocks(n, w, lots);
+            let band = Band::of_blocks(n, w, blocks.clone()).unwrap();
+            let mut seen = vec![0; n * w];
+            let mut end = 0;
+            for (index, panel) in band.panels().iter().enumerate() {
+                prop_assert_eq!(panel.offset, end);
+                end += panel.len();
+                prop_assert_eq!(panel.row_start / BLOCK_ROWS, band.panels()[index / 2 * 2].row_start / BLOCK_ROWS);
+                prop_assert_eq!(panel.col_start, band.panels()[index / 2 * 2].col_start);
+                for (slot, kept) in (0..panel.len()).map(|slot| (slot, band.slot(panel, slot))) {
+                    let (j, i) = (panel.row_start + slot / panel.cols, panel.col_start + slot % panel.cols);
+                    prop_assert_eq!(kept, band.kept(panel, j).contains(&i).then_some((j, i)));
+                    if let Some((j, i)) = kept {
+                        seen[j * n + i] += 1;
+                    }
+                }
+            }
+            prop_assert_eq!(band.packed_len(), end);
+            for j in 0..w {
+                for i in 0..n {
+                    let expected = blocks.contains(j / BLOCK_ROWS, i / BLOCK_COLS);
+                    prop_assert_eq!((seen[j * n + i], band.contains(j, i)), (usize::from(expected), expected));
+                    prop_assert!(!expected || band.row(j).contains(&i) && band.column(i).contains(&j));
+                }
+            }
+            prop_assert_eq!(band.count(), seen.iter().sum::<usize>());
+            for i in 0..n {
+                prop_assert_eq!(band.column_len(i), (0..w).filter(|j| band.contains(*j, i)).count());
+            }
+        }
+
+        #[test]
+        fn blocks_come_back_from_their_packing(n in 1usize..150, extra in 0usize..300, lots: u64) {
+            let w = n + extra;
+            let band = Band::of_blocks(n, w, some_blocks(n, w, lots)).unwrap();
+            let dense: Vec<f32> = (1..=n * w).map(|k| k as f32).collect();
+            for layout in [Dense::WideByNarrow, Dense::NarrowByWide] {
+                let (mut packed, mut back) = (vec![f32::NAN; band.packed_len()], vec![f32::NAN; n * w]);
+                band.pack(&dense, layout, &mut packed);
+                band.unpack(&packed, layout, &mut back);
+                for (k, value) in back.into_iter().enumerate() {
+                    let (j, i) = if layout == Dense::WideByNarrow { (k / n, k % n) } else { (k % w, k / w) };
+                    prop_assert_eq!(value, if band.contains(j, i) { dense[k] } else { 0.0 });
+                }
+            }
+        }
+
         #[test]
         fn ranges_equal_the_formula(n in 1usize..40, extra in 0usize..120, bandwidth in 1usize..300) {
             let w = n + extra;

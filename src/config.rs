@@ -1,6 +1,7 @@
 //! The model's sizes, checked once, and the presets.
 
 use crate::bandwidths::Bandwidths;
+use crate::blocks;
 use crate::error::{Error, Result};
 use crate::optim::Schedule;
 use serde::{Deserialize, Serialize};
@@ -13,6 +14,8 @@ const MAX_CHANNELS: usize = 1 << 16;
 const MAX_LAYERS: usize = 1 << 10;
 const MAX_MLP_WIDTH: usize = 4 * MAX_CHANNELS;
 const MAX_SEQ_LEN: usize = 1 << 20;
+/// Blocks that patterns choose from, over all layers.
+const MAX_BLOCKS: usize = 1 << 17;
 /// Token files hold 16-bit tokens.
 const MAX_VOCAB: usize = 1 << 16;
 
@@ -35,9 +38,9 @@ pub struct GptConfig {
     /// W, width of the MLP, where it is not 4C: [`GptConfig::mlp_width`] tells it, [`GptConfig::with_mlp_width`] sets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mlp_width: Option<usize>,
-    /// Bandwidths of FC1 (C -> W) in outputs; 0 is dense.
+    /// Bandwidths of FC1 (C -> W) in outputs, or patterns; 0 is dense.
     pub fc1_bandwidth: Bandwidths,
-    /// Bandwidths of FC2 (W -> C) in inputs; 0 is dense.
+    /// Bandwidths of FC2 (W -> C) in inputs, or patterns; 0 is dense.
     pub fc2_bandwidth: Bandwidths,
 }
 
@@ -82,6 +85,7 @@ impl GptConfig {
         in_range("the vocabulary size V", vocab_size, MAX_VOCAB)?;
         self.fc1_bandwidth.checked(num_layers)?;
         self.fc2_bandwidth.checked(num_layers)?;
+        self.check_blocks()?;
         if !channels.is_multiple_of(num_heads) {
             return Err(Error::usage(format!(
                 "C = {channels} channels cannot be shared equally by NH = {num_heads} heads; choose NH that divides C"
@@ -94,6 +98,20 @@ impl GptConfig {
             )));
         }
         Ok(self)
+    }
+
+    /// Patterns of blocks are laid out before any weight is: no file may make us lay out more than an honest model has.
+    fn check_blocks(&self) -> Result<()> {
+        let patterns = [self.fc1_bandwidth, self.fc2_bandwidth].map(|all| all.patterns(self.num_layers));
+        let (down, across) = blocks::grid(self.channels, self.mlp_width());
+        let count = patterns.iter().sum::<usize>() * down * across;
+        if count > MAX_BLOCKS {
+            return Err(Error::usage(format!(
+                "the patterns of this model choose from {count} blocks, but {MAX_BLOCKS} are the most; choose a smaller \
+                 model, or bands"
+            )));
+        }
+        Ok(())
     }
 }
 
@@ -218,6 +236,12 @@ mod tests {
             PRESETS[0].model.with_mlp_width(0),
             PRESETS[0].model.with_mlp_width(1 << 30),
             GptConfig { fc2_bandwidth: "1,2,3".parse().unwrap(), ..PRESETS[0].model },
+            GptConfig {
+                channels: MAX_CHANNELS,
+                num_layers: MAX_LAYERS,
+                fc1_bandwidth: "random:0.5".parse().unwrap(),
+                ..PRESETS[0].model
+            },
         ] {
             assert!(broken.checked().is_err(), "{broken:?}");
         }

@@ -31,6 +31,7 @@ pub mod backend;
 pub mod band;
 pub mod bandwidths;
 pub mod bench;
+pub mod blocks;
 pub(crate) mod cache;
 pub mod checkpoint;
 pub mod cli;

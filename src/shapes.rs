@@ -4,7 +4,8 @@
 //! The same tables drive allocation, checkpoints and the memory estimate, so these cannot disagree.
 
 use crate::band::{Band, Dense};
-use crate::bandwidths::Bandwidths;
+use crate::bandwidths::{Bandwidths, Connections};
+use crate::blocks::BlockPattern;
 use crate::config::GptConfig;
 use crate::error::Result;
 
@@ -163,19 +164,21 @@ impl ParamTable {
     /// Sizes that do not fit each other, see [`GptConfig::checked`].
     pub fn new(config: &GptConfig) -> Result<Self> {
         let config = config.checked()?;
-        let mut bands: Vec<Band> = Vec::new();
-        let mut index = |bandwidth| match bands.iter().position(|band| band.bandwidth() == bandwidth) {
-            _ if bandwidth == 0 => Ok(None),
+        let (mut known, mut bands) = (Vec::new(), Vec::new());
+        let mut index = |key: (Connections, u64)| match known.iter().position(|other| *other == key) {
+            _ if key.0 == Connections::DENSE => Ok(None),
             Some(index) => Ok(Some(index)),
             None => {
-                bands.push(Band::new(config.channels, config.mlp_width(), bandwidth)?);
+                bands.push(Band::of(key.0, config.channels, config.mlp_width(), key.1)?);
+                known.push(key);
                 Ok::<_, crate::Error>(Some(bands.len() - 1))
             }
         };
-        let mut indices = |bandwidths: Bandwidths| -> Result<Vec<_>> {
-            (0..config.num_layers).map(|layer| index(bandwidths.of(layer, config.num_layers))).collect()
+        let mut indices = |bandwidths: Bandwidths, fc2: bool| -> Result<Vec<_>> {
+            let of = |layer| (bandwidths.of(layer, config.num_layers), layer);
+            (0..config.num_layers).map(of).map(|(kept, layer)| index((kept, stream(kept, layer, fc2)))).collect()
         };
-        let (fc1, fc2) = (indices(config.fc1_bandwidth)?, indices(config.fc2_bandwidth)?);
+        let (fc1, fc2) = (indices(config.fc1_bandwidth, false)?, indices(config.fc2_bandwidth, true)?);
         let mut table = Self { tensors: Vec::new(), first: [0; 16], len: 0, bands, fc1, fc2 };
         for param in Param::ALL {
             table.first[param as usize] = table.tensors.len();
@@ -260,6 +263,14 @@ impl ParamTable {
             (param, None) => param.shape(config).0 * param.shape(config).1,
         };
         self.tensors.iter().filter(|tensor| tensor.param == kind).map(size).sum()
+    }
+}
+
+/// The random stream of a layer's FC1 or FC2: each has its own pattern where that is random, and all have the same where not.
+fn stream(connections: Connections, layer: usize, fc2: bool) -> u64 {
+    match connections {
+        Connections::Pattern(BlockPattern::Random { .. }) => 2 * layer as u64 + u64::from(fc2),
+        Connections::Pattern(BlockPattern::Strided { .. }) | Connections::Band(_) => 0,
     }
 }
 
@@ -406,6 +417,22 @@ mod tests {
         assert_eq!((of(Param::Fcw), of(Param::Fcprojw)), (vec![64, 0, 64, 32], vec![32, 64, 96, 128]));
         assert_eq!(table.bands().len(), 4);
         assert_eq!(table.span(Param::Fcw, 1).len, 128 * 512);
+    }
+
+    #[test]
+    fn every_layer_has_its_own_random_blocks() {
+        let dense = preset("tinystories-51m").unwrap().model;
+        let config = GptConfig {
+            fc1_bandwidth: "random:0.5:1".parse().unwrap(),
+            fc2_bandwidth: "random:0.5:1,strided:0.5,512,random:0.5:1,strided:0.5,512,0,0".parse().unwrap(),
+            ..dense
+        };
+        let table = ParamTable::new(&config).unwrap();
+        assert_eq!(table.bands().len(), 8 + 2 + 2);
+        let blocks: Vec<String> = table.bands().iter().filter_map(Band::blocks).map(|b| b.to_text()).collect();
+        assert_eq!(blocks.iter().collect::<std::collections::BTreeSet<_>>().len(), blocks.len());
+        assert_eq!(table.weights(&config, Param::Fcw), 8 * 512 * 2048 / 2);
+        assert_eq!(table.span(Param::Fcw, 3).len, 512 * 2048 / 2);
     }
 
     #[test]

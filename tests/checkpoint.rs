@@ -62,15 +62,48 @@ fn dense_equal(a: &Weights, b: &Weights, encoding: Encoding) {
 
 #[test]
 fn the_native_format_keeps_everything() {
-    for config in
-        [DENSE, ODD, GptConfig { fc2_bandwidth: 0.into(), ..ODD }, GptConfig { fc1_bandwidth: 1.into(), ..ODD }]
-    {
+    let blocks = GptConfig { channels: 80, fc1_bandwidth: "random:0.5:4".parse().unwrap(), ..ODD };
+    for config in [
+        DENSE,
+        ODD,
+        GptConfig { fc2_bandwidth: 0.into(), ..ODD },
+        GptConfig { fc1_bandwidth: 1.into(), ..ODD },
+        blocks,
+        GptConfig { fc2_bandwidth: "strided:0.6,70".parse().unwrap(), ..blocks },
+    ] {
         let before = sample(config);
         let after = through(&before, Format::Safetensors);
         assert_eq!(after.weights.config(), before.weights.config());
         assert_eq!(after.weights.values(), before.weights.values());
         assert_eq!(after.meta, before.meta);
     }
+}
+
+/// What the metadata says of blocks is what a reader without our random numbers unpacks by.
+#[test]
+fn blocks_lie_as_their_metadata_says() {
+    let config = GptConfig { channels: 80, fc1_bandwidth: "random:0.5:4".parse().unwrap(), ..ODD };
+    let (before, folder) = (sample(config), tempfile::tempdir().unwrap());
+    let bytes = fs::read(saved(folder.path(), &before, Format::Safetensors)).unwrap();
+    let (file, (_, header)) = (SafeTensors::deserialize(&bytes).unwrap(), SafeTensors::read_metadata(&bytes).unwrap());
+    let notes = header.metadata().as_ref().unwrap();
+    assert_eq!((notes["block_rows"].as_str(), notes["block_cols"].as_str()), ("128", "64"));
+    for layer in 0..2 {
+        let stored: Vec<f32> = bytemuck::pod_collect_to_vec(file.tensor(&format!("h.{layer}.fcw")).unwrap().data());
+        let (mut values, mut dense) = (stored.into_iter(), vec![0.0; 320 * 80]);
+        for (down, row) in notes[&format!("h.{layer}.fcw.blocks")].split(' ').enumerate() {
+            for (across, _) in row.chars().enumerate().filter(|(_, kept)| *kept == '1') {
+                for j in 128 * down..(128 * down + 128).min(320) {
+                    let (start, end) = (64 * across, (64 * across + 64).min(80));
+                    dense[80 * j + start..80 * j + end].fill_with(|| values.next().unwrap());
+                }
+            }
+        }
+        assert_eq!((values.next(), dense), (None, before.weights.dense(Param::Fcw, layer)));
+    }
+    assert!(!notes.contains_key("h.0.fcprojw.blocks"));
+    let bands = fs::read(saved(folder.path(), &sample(ODD), Format::Safetensors)).unwrap();
+    assert!(!String::from_utf8_lossy(&bands[..3000]).contains("block"));
 }
 
 #[test]

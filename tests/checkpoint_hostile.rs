@@ -323,6 +323,41 @@ fn native_metadata_is_checked() {
 }
 
 #[test]
+fn blocks_are_checked() {
+    let config = GptConfig { channels: 80, fc1_bandwidth: "random:0.5:2".parse().unwrap(), ..SMALL };
+    let checkpoint = Checkpoint { weights: Weights::init(&config, 3).unwrap(), meta: Meta::default() };
+    let blocks = checkpoint.weights.table().bands()[0].blocks().unwrap().to_text();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("blocks.safetensors");
+    save(&path, &checkpoint, Format::Safetensors).unwrap();
+    let valid = fs::read(path).unwrap();
+    let with = |key: &str, value: Option<&str>| {
+        let mut parts = Parts::of(&valid);
+        let notes = parts.header["__metadata__"].as_object_mut().unwrap();
+        notes.remove(key);
+        notes.extend(value.map(|value| (key.to_string(), json!(value))));
+        parts.bytes()
+    };
+    verdict(&valid, None).unwrap();
+    expect(&with("h.0.fcw.blocks", None), None, "lacks 'h.0.fcw.blocks' in its metadata");
+    expect(&with("h.0.fcw.blocks", Some("11 11 11")), None, &format!("its configuration means '{blocks}'"));
+    expect(&with("block_rows", Some("64")), None, "gives block_rows as '64' where its configuration means '128'");
+    expect(&with("panel_rows", Some("32")), None, "packs its blocks in panels of 32 rows aligned to 16 columns");
+    expect(&native_config(|config| config["fc1_bandwidth"] = json!("random:0.5")), None, "lacks 'block_rows'");
+    expect(&native_config(|config| config["fc1_bandwidth"] = json!("chess:1")), None, "there is no pattern 'chess'");
+    let absurd = |config: &mut Value| {
+        config["fc1_bandwidth"] = json!("random:0.999");
+        (config["channels"], config["num_layers"]) = (json!(20 * 1024), json!(1));
+    };
+    expect(&native_config(absurd), None, "makes no model: the patterns of this model choose from 204800 blocks");
+    let large = |config: &mut Value| {
+        config["fc1_bandwidth"] = json!("random:0.999");
+        (config["channels"], config["num_layers"]) = (json!(16_000), json!(1));
+    };
+    expect(&native_config(large), None, "lacks 'block_rows'");
+}
+
+#[test]
 fn native_tensors_are_checked() {
     expect(&native(|parts| parts.rename("h.1.fcb", "h.1.fc")), None, "lacks tensor h.1.fcb");
     expect(&native(|parts| parts.add("more\n")), None, "holds tensor 'more\\n', which its configuration does not know");

@@ -10,6 +10,7 @@ use bandtrain::backend::{
     LayerNorm, Linear, LinearDims, Loss, Normed, NormedInput, OptimizerState, SequenceDims, Write,
 };
 use bandtrain::band::{Band, Dense};
+use bandtrain::blocks::Blocks;
 use bandtrain::shapes::Span;
 use bandtrain::tolerance::{self, Difference, Slope, Tolerance, UNIT_F32, Worst, root_mean_square};
 use rand::{RngExt, SeedableRng};
@@ -425,21 +426,45 @@ impl BandCase {
             (64, 256, 256, 65),
         ]
         .map(|(n, w, bandwidth, rows)| Self::new(n, w, bandwidth, rows))
+        .into_iter()
+        .chain(Self::patterns())
+        .collect()
+    }
+
+    /// Layers of blocks: one, and some of several whole and cut ones, with a row and a column of blocks that has none.
+    fn patterns() -> Vec<Self> {
+        type Kept = &'static [(usize, usize)];
+        let some: [(usize, usize, usize, Kept); 4] = [
+            (20, 30, 260, &[(0, 0)]),
+            (70, 140, 3, &[(1, 0)]),
+            (130, 140, 2, &[(0, 2), (1, 0)]),
+            (64, 130, 2, &[(0, 0)]),
+        ];
+        some.map(|(n, w, rows, kept)| {
+            let mut blocks = Blocks::none(n, w);
+            kept.iter().for_each(|&(row, col)| blocks.keep(row, col));
+            let connected = |j: usize, i: usize| kept.contains(&(j / 128, i / 64));
+            Self::of(Band::of_blocks(n, w, blocks).unwrap(), format!("blocks {kept:?}"), connected, rows)
+        })
         .into()
     }
 
     fn new(n: usize, w: usize, bandwidth: usize, rows: usize) -> Self {
-        let mut random = Random::new((n * w + bandwidth) as u64);
-        let band = Band::new(n, w, bandwidth).unwrap();
+        // The band by its definition, |j - i*W/N| <= bandwidth/2, not by what the crate makes of it.
+        let connected = |j: usize, i: usize| 2 * (j * n).abs_diff(i * w) <= bandwidth * n;
+        Self::of(Band::new(n, w, bandwidth).unwrap(), format!("band {bandwidth}"), connected, rows)
+    }
+
+    fn of(band: Band, title: String, connected: impl Fn(usize, usize) -> bool, rows: usize) -> Self {
+        let (n, w) = (band.narrow(), band.wide());
+        let mut random = Random::new((n * w + band.count()) as u64);
         let ([wide_bias, panels, narrow_bias], len) = layout([w, band.packed_len(), n]);
         let mut params = random.flat(len, &[(wide_bias, 1.0), (narrow_bias, 1.0)]);
-        // The band by its definition, |j - i*W/N| <= bandwidth/2, not by what the crate makes of it.
-        let connected = |k: usize| 2 * ((k / n) * n).abs_diff((k % n) * w) <= bandwidth * n;
         let mut dense = random.values(w * n, 0.25);
-        dense.iter_mut().enumerate().filter(|(k, _)| !connected(*k)).for_each(|(_, weight)| *weight = 0.0);
+        dense.iter_mut().enumerate().filter(|(k, _)| !connected(k / n, k % n)).for_each(|(_, weight)| *weight = 0.0);
         band.pack(&dense, Dense::WideByNarrow, &mut params[panels.range()]);
         Self {
-            name: format!("band {n}x{w} of {bandwidth}, {rows} rows"),
+            name: format!("{title} of {n}x{w}, {rows} rows"),
             rows,
             panels,
             wide_bias,

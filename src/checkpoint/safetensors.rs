@@ -6,6 +6,7 @@
 
 use crate::atomic::SealedFile;
 use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
+use crate::blocks::{BLOCK_COLS, BLOCK_ROWS};
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::values::Encoding;
 use crate::checkpoint::{Checked, Checkpoint, Meta, Moments};
@@ -29,6 +30,10 @@ const SECOND: &str = "v.";
 const CHECKSUM: &str = "crc32c";
 /// No packing has panels of more rows or windows aligned to more columns.
 const MAX_PACKING: usize = 1 << 16;
+/// The metadata's keys for the size of blocks, and behind a tensor's name for those that are kept.
+const BLOCK_ROWS_KEY: &str = "block_rows";
+const BLOCK_COLS_KEY: &str = "block_cols";
+const BLOCKS_KEY: &str = ".blocks";
 
 /// Whether the metadata says that bandtrain wrote the file.
 pub(super) fn recognises(container: &Container) -> bool {
@@ -96,6 +101,7 @@ fn open(path: &Path) -> Result<(Checkpoint, Container, Packing)> {
     let (config, packing) = take_layout(&mut notes).map_err(fault)?;
     let meta = Meta::take(&mut notes, &config).map_err(fault)?;
     let table = ParamTable::new(&config).map_err(|error| fault(format!("its metadata makes no model: {error}")))?;
+    check_blocks(&mut notes, &table, packing).map_err(fault)?;
     check_tensors(&container, &config, &table, packing)?;
     let weights = read_set(&mut container, "", &config, packing)?;
     Ok((Checkpoint { weights, meta: Meta { extra: notes, ..meta } }, container, packing))
@@ -153,8 +159,45 @@ fn notes(checkpoint: &Checkpoint) -> Result<BTreeMap<String, String>> {
         ("panel_rows", PANEL_ROWS.to_string()),
         ("align", ALIGN.to_string()),
     ];
-    let own = own.map(|(key, value)| (key.to_string(), value));
+    let own =
+        own.map(|(key, value)| (key.to_string(), value)).into_iter().chain(block_notes(checkpoint.weights.table()));
     Ok(checkpoint.meta.extra.clone().into_iter().chain(checkpoint.meta.entries()).chain(own).collect())
+}
+
+/// What the metadata says of blocks: their size, and for each tensor that has any which ones. Of a model without there is
+/// nothing to say.
+fn block_notes(table: &ParamTable) -> Vec<(String, String)> {
+    let sizes = [(BLOCK_ROWS_KEY, BLOCK_ROWS), (BLOCK_COLS_KEY, BLOCK_COLS)];
+    let sizes = sizes.map(|(key, value)| (key.to_string(), value.to_string()));
+    let of = |tensor: &Tensor| {
+        let blocks = table.band(tensor.param, tensor.layer)?.0.blocks()?;
+        Some((format!("{}{BLOCKS_KEY}", tensor.name()), blocks.to_text()))
+    };
+    let tensors: Vec<_> = table.tensors().iter().filter_map(of).collect();
+    if tensors.is_empty() { tensors } else { sizes.into_iter().chain(tensors).collect() }
+}
+
+/// Removes from the metadata what it says of blocks, and holds them to be those that the configuration's patterns mean.
+fn check_blocks(notes: &mut BTreeMap<String, String>, table: &ParamTable, packing: Packing) -> Checked<()> {
+    let expected = block_notes(table);
+    for (key, own) in &expected {
+        let written = take(notes, key)?;
+        if written != *own {
+            let own = quoted(own);
+            return Err(format!(
+                "gives {key} as {} where its configuration means {own}: it is damaged, or from another version of bandtrain",
+                quoted(&written)
+            ));
+        }
+    }
+    if !expected.is_empty() && (packing.panel_rows, packing.align) != (PANEL_ROWS, ALIGN) {
+        let Packing { panel_rows, align } = packing;
+        return Err(format!(
+            "packs its blocks in panels of {panel_rows} rows aligned to {align} columns, but this program reads {PANEL_ROWS} and \
+             {ALIGN}; it is damaged, or from another version of bandtrain"
+        ));
+    }
+    Ok(())
 }
 
 /// Removes the format's own keys from the metadata and reads them.
@@ -282,14 +325,14 @@ fn check_slots(path: &Path, name: &str, band: &Band, panels: &[Panel], packed: &
 pub(super) fn first_outside(band: &Band, panels: &[Panel], packed: &[f32]) -> Option<(usize, usize, usize)> {
     let rows = panels.iter().flat_map(|panel| panel.row_range().map(move |j| (panel, j)));
     rows.into_iter().find_map(|(panel, j)| {
-        let (start, kept) = (slot_of(panel, j, panel.col_start), band.row(j));
+        let (start, kept) = (slot_of(panel, j, panel.col_start), band.kept(panel, j));
         let row = packed[start..start + panel.cols].iter().zip(panel.col_start..);
         let outside = row.into_iter().find(|(value, i)| **value != 0.0 && !kept.contains(i));
         outside.map(|(_, i)| (j, i, slot_of(panel, j, i)))
     })
 }
 
-/// Moves every connection from its slot under other panels to its slot under the band's own.
+/// Moves every connection of a band from its slot under other panels to its slot under its own.
 fn repack(band: &Band, panels: &[Panel], packed: &[f32], stored: &mut [f32]) {
     for panel in panels {
         for j in panel.row_range().filter(|&j| !band.row(j).is_empty()) {

@@ -33,10 +33,10 @@ pub struct InfoArgs {
     /// Tokens per sequence [default: the model's longest]
     #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     seq_len: Option<usize>,
-    /// Bandwidth of FC1, 0 is dense [default: the preset's]
+    /// Bandwidth of FC1, 0 is dense, or pattern, like random:0.438 or strided:0.438 [default: the preset's]
     #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
     fc1_bandwidth: Option<Bandwidths>,
-    /// Bandwidth of FC2, 0 is dense [default: the preset's]
+    /// Bandwidth or pattern of FC2, likewise [default: the preset's]
     #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
     fc2_bandwidth: Option<Bandwidths>,
     /// Width of the MLP [default: 4C]
@@ -204,7 +204,8 @@ impl Info {
             match bandwidth.is_dense() {
                 true => say!("  {name} dense: {} weights", grouped(dense))?,
                 false => say!(
-                    "  {name} bandwidth {bandwidth}: density {:.3} %, {} of {} weights stored ({:.1} %)",
+                    "  {name} {}: density {:.3} %, {} of {} weights stored ({:.1} %)",
+                    bandwidth.title(),
                     100.0 * table.weights(config, param) as f64 / dense as f64,
                     grouped(stored),
                     grouped(dense),

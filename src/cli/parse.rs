@@ -1,6 +1,7 @@
 //! Values on the command line, each with a sentence for what it must not be.
 
-use crate::bandwidths::Bandwidths;
+use crate::bandwidths::{Bandwidths, Connections};
+use crate::blocks::BlockPattern;
 
 /// What no count on the command line exceeds: an honest run is far below, a slip of the keyboard far above.
 const MOST: u64 = 1 << 31;
@@ -60,11 +61,19 @@ pub fn bandwidth(text: &str) -> Result<usize, String> {
     count(text).map_err(|problem| format!("a bandwidth counts connections: {problem} (0 is dense)"))
 }
 
-/// Bandwidths over the depth: one, a ramp 1024..256, or a list 1024,512,256.
+/// What one layer keeps: a bandwidth, or a pattern like random:0.438.
+pub fn connections(text: &str) -> Result<Connections, String> {
+    match BlockPattern::is_meant_by(text) {
+        true => text.parse(),
+        false => bandwidth(text).map(Connections::Band),
+    }
+}
+
+/// Bandwidths over the depth: one, a ramp 1024..256, a pattern random:0.438, or a list 1024,512,random:0.25.
 pub fn bandwidths(text: &str) -> Result<Bandwidths, String> {
     match text.contains(',') || text.contains("..") {
         true => text.parse(),
-        false => bandwidth(text).map(Bandwidths::Same),
+        false => connections(text).map(Bandwidths::from),
     }
 }
 

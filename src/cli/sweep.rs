@@ -36,7 +36,8 @@ The file:
   preset = \"tinystories-51m\"
   steps = 1000
   [[grid]]                        # each grid is the product of its lists
-  pattern = [\"dense\", \"band\", \"small-dense\"]   # the last: a narrower MLP with as many weights as the band
+  pattern = [\"dense\", \"band\", \"small-dense\"]   # the last: a narrower MLP with as many weights as the band; with density
+                                  # also \"random\" (blocks, others for each seed) and \"strided\"
   bandwidth = [1024, 512, 256]    # or density = [0.438, 0.235]; over the depth \"1024..256\" or \"1024,512,256,256\"
   layers = [\"fc1\", \"fc2\", \"both\"]
   learning-rate = [3e-4]          # without it, training's own

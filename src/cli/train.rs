@@ -397,7 +397,7 @@ fn describe_layer(weights: &Weights, param: Param) -> String {
             format!("dense, of width {} instead of {}", config.mlp_width(), config.full_mlp_width())
         }
         _ if bandwidth.is_dense() => "dense".to_string(),
-        kept if kept == dense => format!("bandwidth {bandwidth} keeps every connection: the same as dense"),
-        kept => format!("bandwidth {bandwidth}: {:.3} % of its connections", 100.0 * kept as f64 / dense as f64),
+        kept if kept == dense => format!("{} keeps every connection: the same as dense", bandwidth.title()),
+        kept => format!("{}: {:.3} % of its connections", bandwidth.title(), 100.0 * kept as f64 / dense as f64),
     }
 }

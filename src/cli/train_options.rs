@@ -52,13 +52,14 @@ pub struct TrainOptions {
     #[arg(long, value_name = "NAME", help_heading = "Model", conflicts_with = "init")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) preset: Option<String>,
-    /// Bandwidth of FC1, 0 is dense; by block a ramp 1024..256 or a list 1024,512,0 [default: the preset's or the model's;
-    /// also -1]
+    /// Bandwidth of FC1, 0 is dense; by block a ramp 1024..256 or a list 1024,512,0; or a pattern of weight blocks, random:0.438
+    /// (random:0.438:7 with seed 7) or strided:0.438 with its density, in lists too [default: the preset's or the model's; also
+    /// -1]
     #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) fc1_bandwidth: Option<Bandwidths>,
-    /// Bandwidth of FC2, likewise [default: the preset's or the model's]
+    /// Bandwidth or pattern of FC2, likewise [default: the preset's or the model's]
     #[arg(long, short = '2', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]

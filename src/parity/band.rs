@@ -5,7 +5,8 @@ use super::{
 };
 use crate::backend::{AdamWStep, Arithmetic, Backend, BiasGrad, Expansion, OptimizerState, Role, Write};
 use crate::band::{Band, Panel};
-use crate::error::Result;
+use crate::blocks::Blocks;
+use crate::error::{Error, Result};
 use crate::tolerance::{self, Tolerance, UNIT_F32};
 
 /// (rows, N, W): of one panel and of many, fitting tiles and not, W other than 4N.
@@ -22,11 +23,40 @@ pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Resu
         }
     }
     let band = Band::new(16, 64, 32)?;
-    suite.check(&ProductsCase { rows: 1100, band: &band })
+    suite.check(&ProductsCase { rows: 1100, band: &band })?;
+    if A::BLOCKS && R::BLOCKS { block_cases(suite) } else { Ok(()) }
+}
+
+/// (rows, N, W, pattern): one block and many, whole ones and parts, half of one at the end, more across than down.
+const PATTERNS: [(usize, usize, usize, &str); 9] = [
+    (5, 7, 28, "random:0.5"),
+    (64, 128, 512, "random:0.6:5"),
+    (70, 128, 512, "strided:0.5"),
+    (70, 200, 800, "random:0.438:6"),
+    (130, 192, 448, "random:0.9:7"),
+    (33, 131, 517, "random:0.5:8"),
+    (20, 260, 264, "strided:0.6"),
+    (36, 272, 1088, "random:0.1:9"),
+    (68, 272, 1088, "strided:0.3"),
+];
+
+fn block_cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
+    for (rows, narrow, wide, pattern) in PATTERNS {
+        let connections = pattern.parse().map_err(Error::Internal)?;
+        let band = Band::of(connections, narrow, wide, 3)?;
+        suite.check(&ProductsCase { rows, band: &band })?;
+        suite.check(&TrainingCase { rows, band: &band })?;
+    }
+    // Rows and columns without any block, of which only the biases remain.
+    let mut blocks = Blocks::none(256, 1024);
+    [(1, 3), (5, 0), (5, 3)].into_iter().for_each(|(row, col)| blocks.keep(row, col));
+    let band = Band::of_blocks(256, 1024, blocks)?;
+    suite.check(&ProductsCase { rows: 300, band: &band })
 }
 
 fn shape(rows: usize, band: &Band) -> String {
-    format!("M={rows} N={} W={} w={} ({:.1} %)", band.narrow(), band.wide(), band.bandwidth(), 100.0 * band.density())
+    let title = if band.blocks().is_some() { band.title() } else { format!("w={}", band.bandwidth()) };
+    format!("M={rows} N={} W={} {title} ({:.1} %)", band.narrow(), band.wide(), 100.0 * band.density())
 }
 
 /// Which packed slots lie outside the exact band.
@@ -93,8 +123,8 @@ impl Case for ProductsCase<'_> {
         backend.band_outer(&mut grads, panels, fc2, &wide, &narrow, &table, rows, Write::Set)?;
         let set = fetch(backend, &grads, len)?;
 
-        let widest = band.panels().iter().map(|panel| panel.cols).max().unwrap_or(1);
-        let longest = (0..n).map(|i| band.column(i).len()).max().unwrap_or(1);
+        let widest = (0..w).map(|j| band.row_slots(j)).max().unwrap_or(1);
+        let longest = (0..n).map(|i| band.column_len(i)).max().unwrap_or(1);
         let sums = |n: usize| Tolerance::of_sums(arithmetic.sum_unit(), [n, 2]);
         let stored = |tolerance: Tolerance| tolerance.with_stored(arithmetic);
         // A GELU may be no more exact than what is stored.

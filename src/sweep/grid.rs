@@ -1,7 +1,8 @@
 //! What a sweep varies: patterns of the MLP's connections, how many are kept, in which layers, learning rates and seeds.
 
 use crate::band::Band;
-use crate::bandwidths::Bandwidths;
+use crate::bandwidths::{Bandwidths, Connections};
+use crate::blocks::{BlockPattern, Density};
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::shapes::{Param, ParamTable};
@@ -24,6 +25,10 @@ pub enum Pattern {
     Dense,
     /// A diagonal band ([`Band`]).
     Band,
+    /// Random blocks of a density ([`BlockPattern::Random`]), by the run's seed.
+    Random,
+    /// Strided blocks of a density ([`BlockPattern::Strided`]).
+    Strided,
     /// All of a narrower MLP's, whose weights are as many as those of the band of this amount in these layers.
     SmallDense,
 }
@@ -34,6 +39,8 @@ impl Pattern {
         match self {
             Pattern::Dense => "dense",
             Pattern::Band => "band",
+            Pattern::Random => "random",
+            Pattern::Strided => "strided",
             Pattern::SmallDense => "small-dense",
         }
     }
@@ -41,6 +48,11 @@ impl Pattern {
     /// Whether it is cut to a bandwidth or a density; all but dense ones are.
     fn is_cut(self) -> bool {
         self != Pattern::Dense
+    }
+
+    /// Whether it keeps blocks, which have no bandwidth.
+    fn has_blocks(self) -> bool {
+        matches!(self, Pattern::Random | Pattern::Strided)
     }
 }
 
@@ -82,7 +94,7 @@ impl Layers {
 pub enum Amount {
     /// Bandwidths in wide elements.
     Bandwidth(Bandwidths),
-    /// A share of the connections, above 0 and below 1: the bandwidth that comes nearest to it.
+    /// A share of the connections, above 0 and below 1: the bandwidth, or the blocks, that come nearest to it.
     Density(f64),
 }
 
@@ -192,6 +204,16 @@ impl Grid {
         if !cut && (amounts.iter().any(|(_, len)| *len > 0) || !self.layers.is_empty()) {
             return Err("it cuts nothing, so that bandwidth, density and layers mean nothing; leave them out".into());
         }
+        let blocks = self.pattern.iter().find(|pattern| pattern.has_blocks());
+        if let Some(pattern) = blocks.filter(|_| !self.bandwidth.is_empty()) {
+            return Err(format!(
+                "the pattern {} has no bandwidth; give density = [0.438] instead, for all patterns of the grid",
+                pattern.name()
+            ));
+        }
+        if self.bandwidth.iter().any(|bandwidths| bandwidths.has_patterns()) {
+            return Err("bandwidth holds a pattern; list it under pattern, with density = [...], instead".into());
+        }
         if self.bandwidth.iter().any(|bandwidths| bandwidths.is_dense()) {
             return Err("bandwidth holds 0, which means dense; list \"dense\" under pattern instead".into());
         }
@@ -245,6 +267,18 @@ impl Point {
         format!("{}-s{}", self.group(), self.seed)
     }
 
+    /// The blocks of a density: random ones by the run's seed, so that seeds tell how much depends on the lot.
+    fn blocks(&self, share: f64) -> Result<Connections> {
+        let density = Density::new(share).ok_or_else(|| {
+            Error::usage(format!("a density must lie between 0 and 1 in millionths, but it is {share}"))
+        })?;
+        let pattern = match self.pattern {
+            Pattern::Random => BlockPattern::Random { density, seed: self.seed as u32 },
+            _ => BlockPattern::Strided { density },
+        };
+        Ok(Connections::Pattern(pattern))
+    }
+
     /// The model's sizes, from those of the dense model.
     ///
     /// # Errors
@@ -255,20 +289,25 @@ impl Point {
         let (narrow, wide) = (dense.channels, dense.mlp_width());
         let bandwidths = match *amount {
             Amount::Bandwidth(bandwidths) => bandwidths,
+            Amount::Density(density) if self.pattern.has_blocks() => self.blocks(density)?.into(),
             Amount::Density(density) => Band::bandwidth_of_density(narrow, wide, density)?.into(),
         };
         let (fc1_bandwidth, fc2_bandwidth) = layers.of(bandwidths, Bandwidths::DENSE);
         let banded = GptConfig { fc1_bandwidth, fc2_bandwidth, ..dense };
         let (kept, all) = (mlp_weights(&banded)?, mlp_weights(&dense)?);
         if kept == all {
+            let advice = match self.pattern.has_blocks() {
+                true => "a smaller density".to_string(),
+                false => format!("one below {}", 2 * wide),
+            };
             return Err(Error::usage(format!(
-                "bandwidth {bandwidths} cuts nothing of a layer of {narrow} x {wide}; choose one below {} or the pattern dense",
-                2 * wide
+                "{} cuts nothing of a layer of {narrow} x {wide}; choose {advice} or the pattern dense",
+                bandwidths.title()
             )));
         }
         match self.pattern {
             Pattern::Dense => Ok(dense),
-            Pattern::Band => Ok(banded),
+            Pattern::Band | Pattern::Random | Pattern::Strided => Ok(banded),
             Pattern::SmallDense => Ok(dense.with_mlp_width(width_of(&dense, kept))),
         }
     }
@@ -324,6 +363,27 @@ mod tests {
             assert_eq!(small.mlp_width() % 8, 0);
         }
         assert_eq!(small[0].config(&model).unwrap().mlp_width, Some(1472));
+    }
+
+    #[test]
+    fn patterns_of_blocks_go_by_density_and_by_the_runs_seed() {
+        let model = preset("tinystories-51m").unwrap().model;
+        let points = points("pattern = ['random', 'strided']\ndensity = [0.4379]\nlayers = ['fc2']\nseed = [1, 2]");
+        let names: Vec<String> = points.iter().map(Point::name).collect();
+        assert_eq!(names[1], "random-fc2-density0.4379-s2");
+        let fc2 = |point: &Point| point.config(&model).unwrap().fc2_bandwidth.to_string();
+        let expected = ["random:0.4379:1", "random:0.4379:2", "strided:0.4379", "strided:0.4379"];
+        assert_eq!(points.iter().map(fc2).collect::<Vec<_>>(), expected);
+        for (text, words) in [
+            (
+                "pattern = ['random']\nbandwidth = [64]\nlayers = ['fc1']",
+                "the pattern random has no bandwidth; give density",
+            ),
+            ("pattern = ['band']\nbandwidth = ['8,random:0.5']\nlayers = ['fc1']", "list it under pattern"),
+        ] {
+            let what = toml::from_str::<Grid>(text).unwrap().points().unwrap_err();
+            assert!(what.contains(words), "{what}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use super::results::{Group, Results, Row};
 use crate::VERSION;
 use crate::atomic::AtomicFile;
 use crate::band::Band;
+use crate::bandwidths::Connections;
 use crate::error::{Error, Result};
 use crate::output::{bytes, grouped, joules, loss};
 use crate::plot::{Curve, Run};
@@ -257,7 +258,8 @@ fn table_row(group: &Group, groups: &[Group]) -> Vec<String> {
     ]
 }
 
-/// Each different layer once: bands by their exact geometry, narrower MLPs by their width.
+/// Each different layer once: bands by their exact geometry, narrower MLPs by their width, and of random patterns, which are
+/// others in every layer, the first layer's.
 fn pictures(results: &Results) -> Result<Vec<Figure>> {
     let (mut figures, mut seen) = (Vec::new(), BTreeSet::new());
     for row in &results.runs {
@@ -265,20 +267,24 @@ fn pictures(results: &Results) -> Result<Vec<Figure>> {
         let (narrow, wide, full) = (facts.channels, facts.mlp_width, 4 * facts.channels);
         let blocks = facts.num_layers;
         let bandwidths = [facts.fc1_bandwidth, facts.fc2_bandwidth].into_iter();
-        for bandwidth in bandwidths.flat_map(|all| (0..blocks).map(move |block| all.of(block, blocks))) {
-            if !seen.insert((wide, bandwidth)) {
+        for connections in bandwidths.flat_map(|all| (0..blocks).map(move |block| all.of(block, blocks))) {
+            if !seen.insert((wide, connections)) {
                 continue;
             }
-            let (title, svg, kept) = match bandwidth {
-                0 if wide == full => ("dense".to_string(), rectangle(1.0), 1.0),
-                0 => (
+            let (title, svg, kept) = match connections {
+                Connections::DENSE if wide == full => ("dense".to_string(), rectangle(1.0), 1.0),
+                Connections::DENSE => (
                     format!("small-dense, width {wide} of {full}"),
                     rectangle(wide as f64 / full as f64),
                     wide as f64 / full as f64,
                 ),
-                _ => {
+                Connections::Band(bandwidth) => {
                     let band = Band::new(narrow, wide, bandwidth)?;
                     (format!("band, bandwidth {bandwidth}"), band.svg(), band.density())
+                }
+                Connections::Pattern(pattern) => {
+                    let band = Band::of(connections, narrow, wide, 0)?;
+                    (pattern.to_string(), band.svg(), band.density())
                 }
             };
             let note = format!("{:.3} % of {narrow} x {full} connections", 100.0 * kept);

@@ -7,6 +7,7 @@ mod dashboard;
 mod interrupts;
 mod mistakes;
 mod mistakes_files;
+mod patterns;
 mod random;
 mod report;
 mod resume;

@@ -195,7 +195,11 @@ fn checkpoints_go_where_they_are_not_kept() {
 fn mistakes_in_the_file_are_told() {
     let changes = [
         ("pattern = [\"dense\", \"band\"]", "", "it lacks its patterns"),
-        ("\"band\"]", "\"bands\"]", "line 15: unknown variant `bands`, expected one of `dense`, `band`, `small-dense`"),
+        (
+            "\"band\"]",
+            "\"bands\"]",
+            "line 15: unknown variant `bands`, expected one of `dense`, `band`, `random`, `strided`, `small-dense`",
+        ),
         ("bandwidth = [64, 128]", "", "it cuts layers, but not to what; give bandwidth = [...]"),
         ("bandwidth = [64, 128]", "bandwidth = [0]", "bandwidth holds 0, which means dense"),
         (

@@ -16,6 +16,7 @@ const BATCH_ROWS: usize = 256;
 
 impl BandLinear for Cpu {
     type Table = Band;
+    const BLOCKS: bool = true;
 
     fn band_table(&mut self, band: &Band) -> Result<Band> {
         Ok(band.clone())
@@ -133,7 +134,15 @@ fn outer(gradient: &mut [f32], wide: &[f32], narrow: &[f32], panel: &Panel, band
 fn expand(y: &mut [f32], x: &[f32], packed: &[f32], band: &Band, into: Into) {
     let (n, w) = (band.narrow(), band.wide());
     let rows = y.len() / w;
-    for panel in band.panels() {
+    // A band's panels each have their own rows of y; of blocks several add to the same, or none at all.
+    let into = match (into, band.blocks()) {
+        (Into::Set, Some(_)) => {
+            y.fill(0.0);
+            Into::Add
+        }
+        (into, _) => into,
+    };
+    for panel in band.panels().iter().filter(|panel| panel.rows > 0) {
         let y = MatMut::new(&mut y[panel.row_start..], rows, panel.rows, w);
         let window = band.window(panel);
         let x = Mat::new(&x[window.start..], rows, window.len(), n);
@@ -151,12 +160,8 @@ fn weights<'a>(packed: &'a [f32], panel: &Panel, band: &Band) -> Mat<'a> {
 /// Zeroes the slots of a panel's gradient that lie outside the exact band.
 fn clear_outside(gradient: &mut [f32], panel: &Panel, band: &Band) {
     for (slots, j) in gradient.chunks_mut(panel.cols).zip(panel.row_range()) {
-        let row = band.row(j);
-        if row.is_empty() {
-            slots.fill(0.0);
-            continue;
-        }
-        slots[..row.start - panel.col_start].fill(0.0);
-        slots[row.end - panel.col_start..].fill(0.0);
+        let kept = band.kept(panel, j);
+        slots[..kept.start - panel.col_start].fill(0.0);
+        slots[kept.end - panel.col_start..].fill(0.0);
     }
 }

@@ -211,6 +211,7 @@ impl Table {
 
 impl BandLinear for Cuda {
     type Table = Table;
+    const BLOCKS: bool = false;
 
     fn band_table(&mut self, band: &Band) -> Result<Table> {
         let Lists { mut words, contract_at, outer_at, outer_tiles, outer } = Lists::new(band, &self.band_cuts);

@@ -254,6 +254,7 @@ impl Wgpu {
 
 impl BandLinear for Wgpu {
     type Table = Table;
+    const BLOCKS: bool = false;
 
     fn band_table(&mut self, band: &Band) -> Result<Table> {
         let mut words = band.table();
