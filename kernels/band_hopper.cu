@@ -10,14 +10,14 @@
 //
 // Shapes: as in `band.cu`. The maps describe activations to the copy engine, in boxes of 64 columns: of 256 rows for x, of 128 for y
 //   and pre, of 64 for wide and narrow. The table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow
-//   columns the panels that touch its left half alone, then the others that touch it; the tiles of the outer product as (pair
-//   of panels, first column).
+//   columns the panels that touch its left half alone, then the others that touch it; the tiles of the outer product as (group
+//   of 2 PANELS panels, first column, whether it is the group's first tile).
 // Dtypes: bf16 operands and results, float bias, dP and dbias, sums in float.
-// Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile, of the outer product an equal share of
-//   all steps. Two warpgroups multiply: of expand and contract each has 128 rows and BLOCK_COLS columns, of the outer product
-//   one panel and BLOCK_COLS columns. The warps behind them fetch: activations by the copy engine (but for some of outer's narrow
-//   columns), panels by their threads. STAGES stages of 64 of the depth go around between them.
-//   band_outer_sum: (tiles, groups of their columns).
+// Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile. Of the outer product, tiles that would
+//   leave most blocks idle in a last round are cut along the batch's rows into pieces. Two warpgroups multiply: of expand and
+//   contract each has 128 rows and BLOCK_COLS columns, of the outer product PANELS panels and BLOCK_COLS columns. The warps behind
+//   them fetch: activations by the copy engine, panels by their threads. STAGES stages of 64 of the depth go around between them.
+//   band_outer_sum: (tiles that are cut, groups of their columns, PANELS).
 // Determinism: every piece is summed by one warpgroup in order of the depth, and pieces are added in that order.
 // Caller: src/backend/cuda/band_hopper.rs.
 
@@ -27,8 +27,9 @@ constexpr int CONSUMERS = 256;
 constexpr int NT = BLOCK_COLS / 8;
 constexpr int BOX_BYTES = DEPTH * 128;
 #if defined(OUTER)
+constexpr int WIDE_BOXES = 2 * PANELS;
 constexpr int NARROW_BOXES = (BLOCK_COLS + 63) / 64;
-constexpr int STAGE_BYTES = (2 + NARROW_BOXES) * BOX_BYTES;
+constexpr int STAGE_BYTES = (WIDE_BOXES + NARROW_BOXES) * BOX_BYTES;
 #else
 constexpr int X_BYTES = BLOCK_ROWS * 128;
 constexpr int STAGE_BYTES = X_BYTES + BLOCK_COLS * 128;
@@ -36,7 +37,12 @@ constexpr int STAGE_BYTES = X_BYTES + BLOCK_COLS * 128;
 
 // Of a block of 384 threads, the registers of a thread at the start (of 65536, in steps of 8), of one that multiplies, and of the
 // others. What the latter give back must be enough for the former: else they wait for ever.
-[[maybe_unused]] constexpr int REGISTERS = 65536 / 384 / 8 * 8, MULTIPLYING = 216, OTHERS = 64;
+constexpr int REGISTERS = 65536 / 384 / 8 * 8;
+#if defined(OUTER)
+constexpr int MULTIPLYING = 232, OTHERS = 40;
+#else
+[[maybe_unused]] constexpr int MULTIPLYING = 216, OTHERS = 64;
+#endif
 static_assert(CONSUMERS * MULTIPLYING + 128 * OTHERS <= 384 * REGISTERS, "registers that there are");
 
 struct Panel {
@@ -142,19 +148,31 @@ struct Results {
     }
 };
 
-// Consumes `steps` stages: use(stage) begins the products of one. A stage is given back as soon as they are done; the other
-// warpgroup's go on meanwhile.
-template <class Use>
+// Consumes `steps` stages: use(stage) begins the products of one. A stage is given back when they are done, for which the warpgroup
+// waits before it begins those of the next (Ahead = 0), or after (Ahead = 1).
+template <int Ahead, class Use>
 __device__ __forceinline__ void consume(const Ring& ring, Place& place, int steps, const Use& use) {
+    int last = place.slot;
     for (int step = 0; step < steps; step++) {
         barrier_wait(ring.full(place.slot), place.phase);
-        wgmma_show();
+#if !defined(OUTER)
+        wgmma_show();  // what threads have copied
+#endif
         wgmma_begin();
         use(ring.stage(place.slot));
         wgmma_commit();
-        wgmma_wait<0>();
-        ring.release(place.slot);
+        wgmma_wait<Ahead>();
+        if (Ahead == 0) {
+            ring.release(place.slot);
+        } else if (step > 0) {
+            ring.release(last);
+        }
+        last = place.slot;
         place.advance();
+    }
+    if (Ahead == 1) {
+        wgmma_wait<0>();
+        if (steps > 0) ring.release(last);
     }
 }
 
@@ -367,7 +385,7 @@ __device__ __forceinline__ void multiply_all(const Ring& ring, const Outbox& out
     for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
         Pair pair(table, tile % tiles.pairs);
         results.clear();
-        consume(ring, place, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
+        consume<0>(ring, place, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
             Along<BLOCK_COLS> right{Tile<BLOCK_COLS>{stage + X_BYTES}, 0};
 #pragma unroll
             for (int k = 0; k < DEPTH; k += KSTEP) {
@@ -479,6 +497,34 @@ struct Panels {
     }
 };
 
+// A block's tiles, in order: by turns those of whole columns; where the last column is narrower, its tiles then, first of all
+// by blocks that the last round leaves idle.
+struct Order {
+    int columns, left, own, spare, idle, fit, count;
+
+    __device__ __forceinline__ Order(const u32* table, int tiles_at, int narrow, int rows) {
+        int across = ceil_div(narrow, BLOCK_COLS), down = ceil_div(rows, BLOCK_ROWS), blocks = gridDim.x, block = blockIdx.x;
+        columns = narrow / BLOCK_COLS;
+        int rest = columns * down % blocks, narrower = (across - columns) * down;
+        left = block - rest;
+        own = columns * down / blocks + (left < 0);
+        idle = rest == 0 ? 0 : blocks - rest;
+        // As many tiles of the last column have about the panels of one in the middle.
+        fit = across == columns ? 1 : Panels(table, tiles_at, across / 2).all / max(1, Panels(table, tiles_at, columns).all);
+        fit = max(1, min(fit, ceil_div(narrower, max(1, idle))));
+        spare = idle == 0 || left < 0 ? 0 : max(0, min(fit, narrower - left * fit));
+        count = own + spare + ceil_div(max(0, narrower - idle * fit - block), blocks);
+    }
+
+    // (row, column) of the n-th tile.
+    __device__ __forceinline__ int2 at(int n) const {
+        int blocks = gridDim.x, block = blockIdx.x;
+        if (n < own) return make_int2((block + n * blocks) / columns, (block + n * blocks) % columns);
+        if (n < own + spare) return make_int2(left * fit + n - own, columns);
+        return make_int2(idle * fit + block + (n - own - spare) * blocks, columns);
+    }
+};
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
     band_contract(const __grid_constant__ TensorMap x_map, Element* y, const Element* weights, const float* bias,
                   const u32* table, int tiles_at, int rows) {
@@ -486,13 +532,15 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
     SHARED_MEMORY(shared);
     Ring ring(shared, shared + STAGES * STAGE_BYTES);
     ring.begin(1 + FILLERS, CONSUMERS / 32);
-    int narrow = table[0], across = ceil_div(narrow, BLOCK_COLS), tiles = across * ceil_div(rows, BLOCK_ROWS);
+    int narrow = table[0];
+    Order order(table, tiles_at, narrow, rows);
     Place place{0, 0};
 
     if (threadIdx.x >= CONSUMERS) {
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            Panels panels(table, tiles_at, tile % across);
-            int col0 = tile % across * BLOCK_COLS, row0 = tile / across * BLOCK_ROWS;
+        for (int n = 0; n < order.count; n++) {
+            int2 tile = order.at(n);
+            Panels panels(table, tiles_at, tile.y);
+            int col0 = tile.y * BLOCK_COLS, row0 = tile.x * BLOCK_ROWS;
             Panel coming = panel_at(table, panels.numbers[0]);
             for (int step = 0; step < panels.all; step++) {
                 Panel panel = coming;
@@ -518,16 +566,17 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
 
     Results<2> results;
     int first_row = threadIdx.x / 128 * 128;
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-        Panels panels(table, tiles_at, tile % across);
+    for (int n = 0; n < order.count; n++) {
+        int2 tile = order.at(n);
+        Panels panels(table, tiles_at, tile.y);
         results.clear();
-        consume(ring, place, panels.left, [&](char* stage) { multiply_columns<HALF>(results, stage, first_row); });
-        consume(ring, place, panels.all - panels.left,
+        consume<0>(ring, place, panels.left, [&](char* stage) { multiply_columns<HALF>(results, stage, first_row); });
+        consume<0>(ring, place, panels.all - panels.left,
                 [&](char* stage) { multiply_columns<BLOCK_COLS>(results, stage, first_row); });
         results.hold();
-        each_quad(results.acc, tile / across * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
+        each_quad(results.acc, tile.x * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
             u32 words[4];
-            int col = tile % across * BLOCK_COLS + quad;
+            int col = tile.y * BLOCK_COLS + quad;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 float2 add = bias_at(bias, col + 8 * j + threadIdx.x % 4 * 2, narrow);
@@ -541,87 +590,75 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
 
 #elif defined(OUTER)
 
-// Of the warpgroup behind the consumers, the first warp adds up the wide values, the second has the copy engine fetch, and two
-// fetch what that would be late with: of the boxes of narrow columns the last ones.
 constexpr int THREADS = CONSUMERS + 128;
-constexpr int FILLERS = 64;
-constexpr int FILLED_BOXES = NARROW_BOXES / 2;
+constexpr int WIDE_ROWS = WIDE_BOXES * PANEL_ROWS;
 // Floats of a tile's piece: results as the threads hold them, then the sums of wide values.
-constexpr int PIECE = 128 * BLOCK_COLS + 128;
+constexpr int PIECE = WIDE_ROWS * BLOCK_COLS + WIDE_ROWS;
+// The wide values are summed by a product with eight columns of ones.
+constexpr int ONES_BYTES = 8 * 128;
 
-// The steps that all tiles have, dealt out to the blocks in order.
-struct Share {
-    long long total, blocks;
-    int steps;  // of a tile
+// What all threads of a block know of its work. The first `whole` tiles are whole; the others are cut into `parts` along the rows.
+struct Work {
+    const u32* table;
+    int tiles_at, tiles, whole, parts, steps, add;
+    float *out, *bias, *pieces;
 
-    __device__ __forceinline__ Share(int tiles, int rows, int blocks) : blocks(blocks), steps(ceil_div(rows, DEPTH)) {
-        total = (long long)tiles * steps;
+    __device__ __forceinline__ int cut() const {
+        return tiles - whole;
     }
 
-    // Where block `block` begins.
-    __device__ __forceinline__ long long begin(long long block) const {
-        return total * block / blocks;
-    }
-
-    // The block that step `step` belongs to.
-    __device__ __forceinline__ int block_of(long long step) const {
-        return (int)(((step + 1) * blocks - 1) / total);
+    __device__ __forceinline__ int items() const {
+        return whole + cut() * parts;
     }
 };
 
-// The part of a tile that is a block's.
-struct Part {
-    int tile, first, end;  // steps of the tile
+// A tile, or a part of one: steps [first, end) of its rows. The parts of a tile are cut() pieces apart.
+struct Item {
+    int tile, first, end, piece;
     bool whole;
 
-    __device__ __forceinline__ Part(const Share& share, long long at, long long end_of_block) {
-        tile = (int)(at / share.steps);
-        long long start = (long long)tile * share.steps;
-        first = (int)(at - start);
-        end = (int)min((long long)share.steps, end_of_block - start);
-        whole = first == 0 && end == share.steps;
+    __device__ __forceinline__ Item(const Work& work, int index) {
+        bool is_whole = index < work.whole;
+        piece = is_whole ? 0 : index - work.whole;
+        int part = is_whole ? 0 : piece / work.cut(), parts = is_whole ? 1 : work.parts;
+        tile = is_whole ? index : work.whole + piece % work.cut();
+        first = part * work.steps / parts;
+        end = (part + 1) * work.steps / parts;
+        whole = parts == 1;
     }
 };
 
 struct OuterTile {
-    Pair pair;
-    int col;
+    int panel, col;
+    bool adds;  // whether it is the one of its group that sums the wide values
 
-    __device__ __forceinline__ OuterTile(const u32* table, int tiles_at, int tile)
-        : pair(table, table[tiles_at + 2 * tile]), col(table[tiles_at + 2 * tile + 1]) {}
-
-    // Whether it is the one of its pair that adds up the wide values.
-    __device__ __forceinline__ bool adds() const {
-        return col == pair.first;
+    __device__ __forceinline__ OuterTile(const Work& work, int tile) {
+        const u32* words = work.table + work.tiles_at + 3 * tile;
+        panel = (int)words[0] * WIDE_BOXES, col = (int)words[1], adds = words[2];
     }
 };
 
-// Pieces of one tile lie one after the other, and no two blocks' in one place.
-__device__ __forceinline__ float* piece_at(float* parts, int block, int tile) {
-    return parts + (long long)(block + tile) * PIECE;
+__device__ __forceinline__ float* piece_at(const Work& work, int piece) {
+    return work.pieces + (long long)piece * PIECE;
 }
 
-// Writes a consumer's results of a tile to dP: those of the groups of 8 columns from `group` on.
+// Writes results of a panel to dP: those of the groups of 8 columns from `group` of the tile on.
 template <int Groups>
-__device__ __forceinline__ void write_results(float* out, const u32* table, const OuterTile& tile, int add, int group,
+__device__ __forceinline__ void write_results(const Work& work, const Panel& panel, int col, int group,
                                               const float (&acc)[Groups][4]) {
-    bool upper = threadIdx.x < 128;
-    int row = upper ? tile.pair.upper.row : tile.pair.lower.row, rows = upper ? tile.pair.upper.rows : tile.pair.lower.rows;
-    int first = upper ? tile.pair.upper.col : tile.pair.lower.col, cols = upper ? tile.pair.upper.cols : tile.pair.lower.cols;
-    out += upper ? tile.pair.upper.offset : tile.pair.lower.offset;
-    int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, begin = tile.col + 8 * group + threadIdx.x % 4 * 2 - first;
+    int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, begin = col + 8 * group + threadIdx.x % 4 * 2 - panel.col;
 #pragma unroll
     for (int half = 0; half < 2; half++, r += 8) {
-        if (r >= rows) continue;
-        const u32* range = table + table[6] + 2 * (row + r);
-        int from = (int)range[0] - first, to = (int)range[1] - first;
-        float* line = out + r * cols;
+        if (r >= panel.rows) continue;
+        const u32* range = work.table + work.table[6] + 2 * (panel.row + r);
+        int from = (int)range[0] - panel.col, to = (int)range[1] - panel.col;
+        float* line = work.out + panel.offset + r * panel.cols;
 #pragma unroll
         for (int j = 0; j < Groups; j++) {
             int c = begin + 8 * j;
-            if (c < 0 || c >= cols) continue;
+            if (c < 0 || c >= panel.cols) continue;
             float2* at = reinterpret_cast<float2*>(line + c);
-            float2 old = add ? *at : make_float2(0.0f, 0.0f);
+            float2 old = work.add ? *at : make_float2(0.0f, 0.0f);
             float2 sums;
             sums.x = c >= from && c < to ? acc[j][2 * half] + old.x : 0.0f;
             sums.y = c + 1 >= from && c + 1 < to ? acc[j][2 * half + 1] + old.y : 0.0f;
@@ -630,207 +667,143 @@ __device__ __forceinline__ void write_results(float* out, const u32* table, cons
     }
 }
 
-// Begins the products of the columns from First on of one stage.
-template <int First>
-__device__ __forceinline__ void multiply_from(float (*acc)[4], const Across<DEPTH>& left, const Tile<DEPTH>& narrow, int k) {
-    if constexpr (First < BLOCK_COLS) {
-        constexpr int REST = BLOCK_COLS - First, WIDTH = REST >= 128 ? 128 : REST;
-        wgmma<WIDTH, true, true>(acc + First / 8, descriptor(left, k), descriptor(Across<DEPTH>{narrow, First}, k));
-        multiply_from<First + WIDTH>(acc, left, narrow, k);
-    }
-}
-
-// What all threads of a block know of its work.
-struct Work {
-    const u32* table;
-    int tiles_at, rows, add;
-    float *out, *bias, *parts;
-    Share share;
-    long long begin, end;  // the block's steps
-};
-
-// Visits the block's steps: visit(tile, step of the tile, stage's place).
-template <class Visit>
-__device__ __forceinline__ void each_step(const Work& work, const Visit& visit) {
+// By one thread.
+__device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, const TensorMap* wide_map,
+                                          const TensorMap* narrow_map) {
     Place place{0, 0};
-    for (long long at = work.begin; at < work.end;) {
-        Part part(work.share, at, work.end);
-        OuterTile tile(work.table, work.tiles_at, part.tile);
-        for (int step = part.first; step < part.end; step++) {
-            visit(tile, step, place);
+    for (int index = blockIdx.x; index < work.items(); index += gridDim.x) {
+        Item item(work, index);
+        OuterTile tile(work, item.tile);
+        for (int step = item.first; step < item.end; step++) {
+            barrier_wait(ring.read(place.slot), place.phase ^ 1);
+            char* stage = ring.stage(place.slot);
+            u64* full = ring.full(place.slot);
+            barrier_expect(full, STAGE_BYTES);
+#pragma unroll
+            for (int box = 0; box < WIDE_BOXES; box++) {
+                tensor_load(stage + box * BOX_BYTES, wide_map, (tile.panel + box) * PANEL_ROWS, step * DEPTH, full);
+            }
+#pragma unroll
+            for (int box = 0; box < NARROW_BOXES; box++) {
+                tensor_load(stage + (WIDE_BOXES + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
+            }
             place.advance();
         }
-        at += part.end - part.first;
     }
 }
 
-// By one thread: what the copy engine fetches.
-__device__ __forceinline__ void fetch_boxes(const Work& work, const Ring& ring, const TensorMap* wide_map,
-                                            const TensorMap* narrow_map) {
-    each_step(work, [&](const OuterTile& tile, int step, const Place& place) {
-        barrier_wait(ring.read(place.slot), place.phase ^ 1);
-        char* stage = ring.stage(place.slot);
-        u64* full = ring.full(place.slot);
-        barrier_expect(full, (2 + NARROW_BOXES - FILLED_BOXES) * BOX_BYTES);
-        tensor_load(stage, wide_map, tile.pair.upper.row, step * DEPTH, full);
-        tensor_load(stage + BOX_BYTES, wide_map, tile.pair.lower.row, step * DEPTH, full);
+// The sums of the wide values of an item, in the first column that the ones have given: to dbias, or to the item's piece.
+__device__ __forceinline__ void write_sums(const Work& work, const Item& item, const OuterTile& tile,
+                                           const float (&sums)[PANELS][1][4]) {
+    if (threadIdx.x % 4 != 0) return;
+    int first = threadIdx.x / 128 * PANELS * PANEL_ROWS + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    float* piece = piece_at(work, item.piece) + WIDE_ROWS * BLOCK_COLS;
 #pragma unroll
-        for (int box = 0; box < NARROW_BOXES - FILLED_BOXES; box++) {
-            tensor_load(stage + (2 + box) * BOX_BYTES, narrow_map, tile.col + 64 * box, step * DEPTH, full);
-        }
-    });
-}
-
-// By the threads of two warps: the rest of the narrow columns.
-__device__ __forceinline__ void fetch_rest(const Work& work, const Ring& ring, const Element* narrow_values) {
-    constexpr int FIRST = NARROW_BOXES - FILLED_BOXES, CHUNKS = 64 / LANES, AT_ONCE = FILLERS / CHUNKS;
-    int thread = threadIdx.x % FILLERS, row = thread / CHUNKS, chunk = thread % CHUNKS * LANES, narrow = work.table[0];
-    each_step(work, [&](const OuterTile& tile, int step, const Place& place) {
-        barrier_wait(ring.read(place.slot), place.phase ^ 1);
-        int rows = work.rows - step * DEPTH;
-        const Element* from = narrow_values + (long long)(step * DEPTH + row) * narrow + tile.col + chunk;
+    for (int i = 0; i < PANELS; i++) {
 #pragma unroll
-        for (int box = FIRST; box < NARROW_BOXES; box++) {
-            if (64 * box + chunk >= BLOCK_COLS) continue;  // nobody multiplies them
-            Tile<DEPTH> to{ring.stage(place.slot) + (2 + box) * BOX_BYTES};
-            bool inside = tile.col + 64 * box + chunk < narrow;
-#pragma unroll
-            for (int r = 0; r < DEPTH; r += AT_ONCE) {
-                bool valid = inside && row + r < rows;
-                copy_async(to.at(row + r, chunk), valid ? from + (long long)r * narrow + 64 * box : narrow_values, valid);
+        for (int half = 0; half < 2; half++) {
+            int row = first + PANEL_ROWS * i + 8 * half, j = tile.panel * PANEL_ROWS + row;
+            float sum = sums[i][0][2 * half];
+            if (!item.whole) {
+                piece[row] = sum;
+            } else if (j < (int)work.table[1]) {
+                work.bias[j] = work.add ? work.bias[j] + sum : sum;
             }
         }
-        copy_async_arrive(ring.full(place.slot));
-    });
-    copy_async_commit();
-    copy_async_wait<0>();
+    }
 }
 
-// The sums of the wide values, where they are wanted; each thread adds up four neighbouring columns of the 128.
-__device__ __forceinline__ void add_all(const Work& work, const Ring& ring) {
-    int col = threadIdx.x % 32 * 4, wide = work.table[1];
+__device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring, char* ones) {
+    Results<PANELS> results;
+    float sums[PANELS][1][4];
     Place place{0, 0};
-    for (long long at = work.begin; at < work.end;) {
-        Part part(work.share, at, work.end);
-        OuterTile tile(work.table, work.tiles_at, part.tile);
-        bool wanted = work.bias != nullptr && tile.adds();
-        float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        for (int step = part.first; step < part.end; step++) {
-            barrier_wait(ring.full(place.slot), place.phase);
-            if (wanted) {
-                Tile<DEPTH> values{ring.stage(place.slot)};
-#pragma unroll 16
-                for (int m = 0; m < DEPTH; m++) {
-                    uint2 four = *reinterpret_cast<const uint2*>(&values.element(m, col));
-                    sums[0] += __uint_as_float(four.x << 16);
-                    sums[1] += __uint_as_float(four.x & 0xffff0000u);
-                    sums[2] += __uint_as_float(four.y << 16);
-                    sums[3] += __uint_as_float(four.y & 0xffff0000u);
+    int own = threadIdx.x / 128 * PANELS;
+    for (int index = blockIdx.x; index < work.items(); index += gridDim.x) {
+        Item item(work, index);
+        results.clear();
+#pragma unroll
+        for (int i = 0; i < PANELS; i++) {
+            sums[i][0][0] = sums[i][0][1] = sums[i][0][2] = sums[i][0][3] = 0.0f;
+            wgmma_hold(sums[i][0]);
+        }
+        consume<1>(ring, place, item.end - item.first, [&](char* stage) {
+            Across<DEPTH> narrow{Tile<DEPTH>{stage + WIDE_BOXES * BOX_BYTES}, 0};
+            Along<8> eight{Tile<8>{ones}, 0};
+#pragma unroll
+            for (int k = 0; k < DEPTH; k += KSTEP) {
+#pragma unroll
+                for (int i = 0; i < PANELS; i++) {
+                    Across<DEPTH> wide{Tile<DEPTH>{stage}, (own + i) * PANEL_ROWS};
+                    wgmma<BLOCK_COLS, true, true>(results.acc[i], descriptor(wide, k), descriptor(narrow, k));
+                    wgmma<8, true, false>(sums[i], descriptor(wide, k), descriptor(eight, k));
                 }
             }
-            __syncwarp();
-            ring.release(place.slot);
-            place.advance();
-        }
-        at += part.end - part.first;
-        if (!wanted) continue;
-        float* piece = piece_at(work.parts, blockIdx.x, part.tile) + 128 * BLOCK_COLS;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int j = tile.pair.upper.row + col + i;
-            if (!part.whole) {
-                piece[col + i] = sums[i];
-            } else if (j < wide) {
-                work.bias[j] = work.add ? work.bias[j] + sums[i] : sums[i];
-            }
-        }
-    }
-}
-
-__device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring) {
-    Results<1> results;
-    Place place{0, 0};
-    int own = threadIdx.x / 128;
-    for (long long at = work.begin; at < work.end;) {
-        Part part(work.share, at, work.end);
-        results.clear();
-        consume(ring, place, part.end - part.first, [&](char* stage) {
-            Across<DEPTH> left{Tile<DEPTH>{stage}, own * PANEL_ROWS};
-            Tile<DEPTH> narrow{stage + 2 * BOX_BYTES};
-#pragma unroll
-            for (int k = 0; k < DEPTH; k += KSTEP) multiply_from<0>(results.acc[0], left, narrow, k);
         });
         results.hold();
-        at += part.end - part.first;
-        if (part.whole) {
-            OuterTile tile(work.table, work.tiles_at, part.tile);
-            write_results(work.out, work.table, tile, work.add, 0, results.acc[0]);
-        } else {
-            float4* piece = reinterpret_cast<float4*>(piece_at(work.parts, blockIdx.x, part.tile));
+#pragma unroll
+        for (int i = 0; i < PANELS; i++) wgmma_hold(sums[i][0]);
+        OuterTile tile(work, item.tile);
+        if (work.bias != nullptr && tile.adds) write_sums(work, item, tile, sums);
+        float4* piece = reinterpret_cast<float4*>(piece_at(work, item.piece));
+#pragma unroll
+        for (int i = 0; i < PANELS; i++) {
+            if (item.whole) {
+                write_results(work, panel_at(work.table, tile.panel + own + i), tile.col, 0, results.acc[i]);
+                continue;
+            }
 #pragma unroll
             for (int j = 0; j < NT; j++) {
-                const float(&c)[4] = results.acc[0][j];
-                piece[j * CONSUMERS + threadIdx.x] = make_float4(c[0], c[1], c[2], c[3]);
+                const float(&c)[4] = results.acc[i][j];
+                piece[(i * NT + j) * CONSUMERS + threadIdx.x] = make_float4(c[0], c[1], c[2], c[3]);
             }
         }
     }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map,
-               const Element* narrow_values, float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles,
-               int rows, int add) {
+    band_outer(const __grid_constant__ TensorMap wide_map, const __grid_constant__ TensorMap narrow_map, float* out, float* bias,
+               float* pieces, const u32* table, int tiles_at, int tiles, int whole, int parts, int rows, int add) {
     SHARED_MEMORY(shared);
-    Ring ring(shared, shared + STAGES * STAGE_BYTES);
-    ring.begin(1 + FILLERS, (CONSUMERS + 32) / 32);
-    Share share(tiles, rows, gridDim.x);
-    Work work{table, tiles_at, rows, add, out, bias, parts, share, share.begin(blockIdx.x), share.begin(blockIdx.x + 1)};
+    char* ones = shared + STAGES * STAGE_BYTES;
+    if (threadIdx.x < ONES_BYTES / 4) reinterpret_cast<u32*>(ones)[threadIdx.x] = 0x3f803f80u;
+    wgmma_show();
+    Ring ring(shared, ones + ONES_BYTES);
+    ring.begin(1, CONSUMERS / 32);
+    Work work{table, tiles_at, tiles, whole, parts, ceil_div(rows, DEPTH), add, out, bias, pieces};
     if (threadIdx.x >= CONSUMERS) {
         registers_down<OTHERS>();
-        if (threadIdx.x < CONSUMERS + 32) {
-            add_all(work, ring);
-        } else if (threadIdx.x >= CONSUMERS + 64) {
-            fetch_rest(work, ring, narrow_values);
-        } else if (threadIdx.x == CONSUMERS + 32) {
-            fetch_boxes(work, ring, &wide_map, &narrow_map);
-        }
+        if (threadIdx.x == CONSUMERS) fetch_all(work, ring, &wide_map, &narrow_map);
     } else {
         registers_up<MULTIPLYING>();
-        multiply_all(work, ring);
+        multiply_all(work, ring, ones);
     }
 }
 
 // Groups of 8 columns that a block of band_outer_sum adds up.
 constexpr int SUM_GROUPS = 4;
 
-// `blocks` is how many band_outer had.
 extern "C" __global__ void __launch_bounds__(CONSUMERS)
-    band_outer_sum(float* out, float* bias, float* parts, const u32* table, int tiles_at, int tiles, int blocks, int rows,
-                   int add) {
-    Share share(tiles, rows, blocks);
-    int index = blockIdx.x, group = blockIdx.y * SUM_GROUPS, wide = table[1];
-    long long start = (long long)index * share.steps;
-    int first = share.block_of(start), last = share.block_of(start + share.steps - 1);
-    if (first == last) return;
-    OuterTile tile(table, tiles_at, index);
+    band_outer_sum(float* out, float* bias, float* pieces, const u32* table, int tiles_at, int tiles, int whole, int parts, int add) {
+    Work work{table, tiles_at, tiles, whole, parts, 0, add, out, bias, pieces};
+    OuterTile tile(work, whole + blockIdx.x);
+    int group = blockIdx.y * SUM_GROUPS, i = blockIdx.z, column = tile.panel * PANEL_ROWS + threadIdx.x;
+    bool adds = bias != nullptr && tile.adds && group == 0 && i == 0 && threadIdx.x < WIDE_ROWS && column < (int)table[1];
     float acc[SUM_GROUPS][4] = {};
     float sum = 0.0f;
-    int column = tile.pair.upper.row + threadIdx.x;
-    bool adds = group == 0 && bias != nullptr && tile.adds() && threadIdx.x < 128 && column < wide;
 #pragma unroll 2
-    for (int block = first; block <= last; block++) {
-        const float* piece = piece_at(parts, block, index);
+    for (int part = 0; part < parts; part++) {
+        const float* piece = piece_at(work, part * work.cut() + blockIdx.x);
 #pragma unroll
         for (int j = 0; j < SUM_GROUPS; j++) {
-            float4 c = reinterpret_cast<const float4*>(piece)[(group + j) * CONSUMERS + threadIdx.x];
+            float4 c = reinterpret_cast<const float4*>(piece)[(i * NT + group + j) * CONSUMERS + threadIdx.x];
             acc[j][0] += c.x;
             acc[j][1] += c.y;
             acc[j][2] += c.z;
             acc[j][3] += c.w;
         }
-        if (adds) sum += piece[128 * BLOCK_COLS + threadIdx.x];
+        if (adds) sum += piece[WIDE_ROWS * BLOCK_COLS + threadIdx.x];
     }
-    write_results(out, table, tile, add, group, acc);
+    write_results(work, panel_at(table, tile.panel + threadIdx.x / 128 * PANELS + i), tile.col, group, acc);
     if (adds) bias[column] = add ? bias[column] + sum : sum;
 }
 

@@ -133,45 +133,47 @@ __device__ __forceinline__ void wgmma_wait() {
 // c += left right, begun: left 64 x 16, right 16 x N of bf16, each where its descriptor says. Warp w of the
 // warpgroup has rows 16 w to 16 w + 15, in tiles of 8 columns as `mma_bf16` describes them.
 #define FOUR(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define SIXTEEN(j) FOUR(j), FOUR(j + 1), FOUR(j + 2), FOUR(j + 3)
+#define R0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define R16 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define R32 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define R48 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define R64 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define R80 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+// The operands behind the results are numbered on: two descriptors, then which of them lie across the depth.
+#define WGMMA_OF(columns, results, left_at, right_at, left_across, right_across, ...) \
+    asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32.bf16.bf16 {" results \
+                 "}, %" #left_at ", %" #right_at ", on, 1, 1, %" #left_across ", %" #right_across ";}" \
+                 : __VA_ARGS__ \
+                 : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross) \
+                 : "memory")
 
 template <int N, bool LeftAcross, bool RightAcross>
 __device__ __forceinline__ void wgmma(float (*c)[4], u64 left, u64 right) {
-    static_assert(N == 32 || N == 64 || N == 96 || N == 128, "the widths that kernels use");
-    if constexpr (N == 32) {
-        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, on, 1, 1, %18, %19;}"
-                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3)
-                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
-                     : "memory");
+    static_assert(N == 8 || N == 64 || N == 96 || N == 128 || N == 160 || N == 192, "the widths that kernels use");
+    if constexpr (N == 8) {
+        WGMMA_OF(8, "%0, %1, %2, %3", 4, 5, 6, 7, FOUR(0));
     } else if constexpr (N == 64) {
-        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, on, 1, 1, %34, %35;}"
-                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
-                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
-                     : "memory");
+        WGMMA_OF(64, R0 ", " R16, 32, 33, 34, 35, SIXTEEN(0), SIXTEEN(4));
     } else if constexpr (N == 96) {
-        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, %48, %49, on, 1, 1, %50, %51;}"
-                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9),
-                       FOUR(10), FOUR(11)
-                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
-                     : "memory");
+        WGMMA_OF(96, R0 ", " R16 ", " R32, 48, 49, 50, 51, SIXTEEN(0), SIXTEEN(4), SIXTEEN(8));
     } else if constexpr (N == 128) {
-        asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-                     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, on, 1, 1, %66, %67;}"
-                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7), FOUR(8), FOUR(9),
-                       FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
-                     : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
-                     : "memory");
+        WGMMA_OF(128, R0 ", " R16 ", " R32 ", " R48, 64, 65, 66, 67, SIXTEEN(0), SIXTEEN(4), SIXTEEN(8), SIXTEEN(12));
+    } else if constexpr (N == 160) {
+        WGMMA_OF(160, R0 ", " R16 ", " R32 ", " R48 ", " R64, 80, 81, 82, 83, SIXTEEN(0), SIXTEEN(4), SIXTEEN(8), SIXTEEN(12), SIXTEEN(16));
+    } else if constexpr (N == 192) {
+        WGMMA_OF(192, R0 ", " R16 ", " R32 ", " R48 ", " R64 ", " R80, 96, 97, 98, 99, SIXTEEN(0), SIXTEEN(4), SIXTEEN(8), SIXTEEN(12), SIXTEEN(16), SIXTEEN(20));
     }
 }
 
+#undef WGMMA_OF
+#undef R80
+#undef R64
+#undef R48
+#undef R32
+#undef R16
+#undef R0
+#undef SIXTEEN
 #undef FOUR
 
 // A point in the order of what the compiler does with these registers.

@@ -41,7 +41,7 @@ struct alignas(64) Thread {
     unsigned barrier;  // the source line of the __syncthreads that it waits at
     unsigned group;    // number of the copies' group not yet closed
     unsigned first_copy, end_copy;
-    static constexpr unsigned COPIES = 256, PRODUCTS = 31;
+    static constexpr unsigned COPIES = 256, PRODUCTS = 63;
     Copy copies[COPIES];  // a ring
     bool shown;           // to products: everything that copies brought
     unsigned long long* awaited;  // the barrier in shared memory that it waits for, until this phase has ended

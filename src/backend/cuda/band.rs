@@ -188,7 +188,7 @@ fn shares(tiles: usize, rows: usize, multiprocessors: usize) -> (usize, usize) {
 
 /// The most memory that the shares of an outer product over `narrow` channels and `rows` rows take, whatever the band.
 pub(super) fn most_share_bytes(narrow: usize, rows: usize, multiprocessors: usize) -> usize {
-    let pieces = band_hopper::most_piece_bytes(narrow, multiprocessors);
+    let pieces = band_hopper::most_piece_bytes(multiprocessors);
     let most_tiles = (4 * narrow).div_ceil(128) * narrow.div_ceil(64);
     let tiles = (1..=most_tiles).map(|tiles| tiles * shares(tiles, rows, multiprocessors).0).max().unwrap_or(0);
     pieces.max(4 * (128 * 128 * tiles).min(MAX_SHARES * 4 * narrow * narrow))

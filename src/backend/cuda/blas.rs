@@ -35,6 +35,8 @@ pub(super) enum Epilogue {
     BiasGelu,
     /// Multiplies with the GELU's derivative at a stored value.
     GeluBackward,
+    /// Sums the rows of B over the depth, too: the gradient of a bias.
+    BiasGradient,
 }
 
 impl Epilogue {
@@ -44,6 +46,7 @@ impl Epilogue {
             Epilogue::Bias => LtEpilogue::CUBLASLT_EPILOGUE_BIAS,
             Epilogue::BiasGelu => LtEpilogue::CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
             Epilogue::GeluBackward => LtEpilogue::CUBLASLT_EPILOGUE_DGELU,
+            Epilogue::BiasGradient => LtEpilogue::CUBLASLT_EPILOGUE_BGRADB,
         }
     }
 }
@@ -87,7 +90,8 @@ pub(super) struct Blas {
     arithmetic: Arithmetic,
     operand: Element,
     workspace: u64,
-    plans: HashMap<Shape, Plan>,
+    /// `None` where the library has no algorithm.
+    plans: HashMap<Shape, Option<Plan>>,
     /// What kept algorithms are good for: the card and the library.
     identity: String,
 }
@@ -123,11 +127,24 @@ impl Blas {
     /// # Errors
     /// The library has none, or fails.
     pub(super) fn prepare(&mut self, shape: Shape, driver: &Driver) -> Result<()> {
+        match self.can(shape, driver)? {
+            true => Ok(()),
+            false => {
+                Err(fault("choosing an algorithm")(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)))
+            }
+        }
+    }
+
+    /// The same; whether the library has an algorithm.
+    ///
+    /// # Errors
+    /// The library fails.
+    pub(super) fn can(&mut self, shape: Shape, driver: &Driver) -> Result<bool> {
         if !self.plans.contains_key(&shape) {
             let plan = self.plan(shape, driver)?;
             self.plans.insert(shape, plan);
         }
-        Ok(())
+        Ok(self.plans[&shape].is_some())
     }
 
     /// The product in words.
@@ -140,8 +157,8 @@ impl Blas {
 
     /// Gives a prepared product to the stream.
     pub(super) fn run(&self, call: &Call, driver: &Driver) -> Result<()> {
-        let plan =
-            self.plans.get(&call.shape).ok_or_else(|| Error::Internal("a product was not prepared".to_string()))?;
+        let plan = self.plans.get(&call.shape).and_then(Option::as_ref);
+        let plan = plan.ok_or_else(|| Error::Internal("a product was not prepared".to_string()))?;
         self.start(plan, &plan.algorithm, call, driver)
     }
 
@@ -181,7 +198,7 @@ impl Blas {
         started.map_err(fault("multiplying"))
     }
 
-    fn plan(&self, shape: Shape, driver: &Driver) -> Result<Plan> {
+    fn plan(&self, shape: Shape, driver: &Driver) -> Result<Option<Plan>> {
         use sys::cublasComputeType_t as Compute;
         let compute = match self.arithmetic {
             Arithmetic::Fp32 | Arithmetic::Bf16 => Compute::CUBLAS_COMPUTE_32F,
@@ -211,14 +228,15 @@ impl Blas {
             layout(out, m, n, strides[2])?,
         ];
         let proposals = self.proposals(desc, layouts)?;
-        let mut plan = Plan { desc, layouts, algorithm: proposals[0] };
+        let Some(&first) = proposals.first() else { return Ok(None) };
+        let mut plan = Plan { desc, layouts, algorithm: first };
         if 2.0 * m as f64 * n as f64 * k as f64 >= SEARCHED_FLOPS && proposals.len() > 1 {
             plan.algorithm = self.searched(&plan, &shape, &proposals, driver)?;
         }
-        Ok(plan)
+        Ok(Some(plan))
     }
 
-    /// The library's proposals, the best by its own estimate first.
+    /// The library's proposals, the best by its own estimate first; none where it cannot.
     fn proposals(
         &self,
         desc: sys::cublasLtMatmulDesc_t,
@@ -268,13 +286,12 @@ impl Blas {
             result::destroy_matmul_pref(preference).map_err(fault(doing))?;
             asked
         };
-        asked.result().map_err(fault(doing))?;
-        let usable = found[..count as usize].iter().filter(|proposal| proposal.state.result().is_ok());
-        let algorithms: Vec<_> = usable.map(|proposal| proposal.algo).collect();
-        match algorithms.is_empty() {
-            true => Err(fault(doing)(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))),
-            false => Ok(algorithms),
+        match asked {
+            sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED => return Ok(Vec::new()),
+            other => other.result().map_err(fault(doing))?,
         }
+        let usable = found[..count as usize].iter().filter(|proposal| proposal.state.result().is_ok());
+        Ok(usable.map(|proposal| proposal.algo).collect())
     }
 
     /// The proposal that was found the fastest, now or earlier.
@@ -314,7 +331,11 @@ impl Blas {
             a: memory.take(operand * m * k)?,
             b: memory.take(operand * k * n)?,
             d: memory.take(out * m * n)?,
-            bias: if matches!(shape.epilogue, Epilogue::Bias | Epilogue::BiasGelu) { memory.take(4 * m)? } else { 0 },
+            bias: match shape.epilogue {
+                Epilogue::Bias | Epilogue::BiasGelu => memory.take(4 * m)?,
+                Epilogue::BiasGradient => memory.take(4 * n)?,
+                _ => 0,
+            },
             aux: match shape.epilogue {
                 Epilogue::BiasGelu | Epilogue::GeluBackward => memory.take(operand * m * n)?,
                 _ => 0,
@@ -346,7 +367,7 @@ impl Drop for Blas {
     fn drop(&mut self) {
         // SAFETY: nothing is multiplied any more.
         unsafe {
-            for plan in self.plans.values() {
+            for plan in self.plans.values().flatten() {
                 let _ = result::destroy_matmul_desc(plan.desc);
                 for layout in plan.layouts {
                     let _ = result::destroy_matrix_layout(layout);

@@ -79,6 +79,11 @@ impl Linear for Cuda {
         let LinearDims { rows, inputs, outputs } = dims;
         let (dout, inp) = (self.matrix(dout, rows, outputs)?, self.matrix(inp, rows, inputs)?);
         let dweight = self.gradient(grads, affine.weight, outputs, inputs)?;
+        let dbias = grads.part(Element::F32, affine.bias)?;
+        // The library's sums cannot be added to others.
+        if write == Write::Set && self.product_with_sums(OP, dweight, dout, inp, dbias)? {
+            return Ok(());
+        }
         self.column_sums(OP, grads, affine.bias, dout.at, rows, write)?;
         self.product(OP, dweight, Operand::Across(dout), Operand::Across(inp), PLAIN, write)
     }

@@ -102,7 +102,31 @@ impl Cuda {
         }
     }
 
-    /// By cuBLASLt, whose matrices are column-major: it computes the transposed product, right times left.
+    /// `out = dout^T inp`, and at `bias` the sums of dout over its rows, if the library does both at once; else does nothing and
+    /// returns false.
+    pub(super) fn product_with_sums(
+        &mut self,
+        op: &'static str,
+        out: Matrix,
+        dout: Matrix,
+        inp: Matrix,
+        bias: u64,
+    ) -> Result<bool> {
+        let aligned = bias.is_multiple_of(16) && [out, dout, inp].iter().all(|matrix| matrix.is_aligned());
+        if self.arithmetic != Arithmetic::Bf16 || !aligned {
+            return Ok(false);
+        }
+        let (left, right) = (Operand::Across(dout), Operand::Across(inp));
+        let shape = library_shape(out, left, right, Epilogue::BiasGradient, Write::Set);
+        if !self.blas.can(shape, &self.driver)? {
+            return Ok(false);
+        }
+        let call = Call { shape, a: inp.at, b: dout.at, d: out.at, bias, aux: 0 };
+        self.tape.push(Work::Product { call, op });
+        Ok(true)
+    }
+
+    /// By cuBLASLt.
     fn library_product(
         &mut self,
         op: &'static str,
@@ -127,16 +151,7 @@ impl Cuda {
         };
         // Without fusion the sum goes to where the GELU's argument is kept.
         let target = if let Gelu::Forward(pre) = unfused { pre } else { out.at };
-        let shape = Shape {
-            m: out.cols,
-            n: out.rows,
-            k: left.extents().1,
-            transpose: [matches!(right, Operand::Along(_)), matches!(left, Operand::Across(_))],
-            strides: [right.matrix().cols, left.matrix().cols, out.cols],
-            out: out.element,
-            epilogue,
-            add: write == Write::Add,
-        };
+        let shape = library_shape(out, left, right, epilogue, write);
         self.blas.prepare(shape, &self.driver)?;
         let call = Call { shape, a: right.matrix().at, b: left.matrix().at, d: target, bias, aux };
         self.tape.push(Work::Product { call, op });
@@ -181,6 +196,20 @@ impl Cuda {
         self.launch(op, &unit, "linear", grid, THREADS, 0, args);
         self.unfused_gelu(op, out, finish.gelu);
         Ok(())
+    }
+}
+
+/// A product as cuBLASLt has it, whose matrices are column-major: the transposed product, right times left.
+fn library_shape(out: Matrix, left: Operand, right: Operand, epilogue: Epilogue, write: Write) -> Shape {
+    Shape {
+        m: out.cols,
+        n: out.rows,
+        k: left.extents().1,
+        transpose: [matches!(right, Operand::Along(_)), matches!(left, Operand::Across(_))],
+        strides: [right.matrix().cols, left.matrix().cols, out.cols],
+        out: out.element,
+        epilogue,
+        add: write == Write::Add,
     }
 }
 
