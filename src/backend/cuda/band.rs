@@ -227,6 +227,12 @@ impl Table {
         self.words.f32s(self.words.len())
     }
 
+    /// Hopper's lists for expand and outer, whose kernels there are for bands: a window without gaps, and far more columns for a
+    /// tile of outer than a block has. Contract visits any panels.
+    fn hopper_of_bands(&self) -> Option<&band_hopper::Lists> {
+        self.hopper.as_ref().filter(|_| !self.blocks)
+    }
+
     fn sides<'a>(&self, lists: &'a band_hopper::Lists, rows: usize) -> Result<Sides<'a>> {
         Ok(Sides { lists, words: self.words()?, narrow: self.narrow, wide: self.wide, rows })
     }
@@ -240,8 +246,7 @@ impl BandLinear for Cuda {
             Lists::new(band, &self.band_cuts);
         let whole_chunks = [band.narrow(), band.wide()].iter().all(|side| side.is_multiple_of(self.element().lanes()));
         let hopper = self.arithmetic == Arithmetic::Bf16 && self.kernels.target().has_warpgroup_products();
-        let blocks = band.blocks().is_some();
-        let hopper = (hopper && whole_chunks && !blocks).then(|| band_hopper::Lists::new(band, &mut words));
+        let hopper = (hopper && whole_chunks).then(|| band_hopper::Lists::new(band, &mut words));
         let buffer = self.create(Element::F32, "band table", words.len())?;
         let to = buffer.f32s(words.len())?;
         self.copy_words(to, &words)?;
@@ -256,7 +261,7 @@ impl BandLinear for Cuda {
             outer_at,
             outer_tiles,
             outer,
-            blocks,
+            blocks: band.blocks().is_some(),
             hopper,
         })
     }
@@ -280,7 +285,7 @@ impl BandLinear for Cuda {
         };
         let (y, x) = (self.activation(y, rows * w)?, self.activation(x, rows * n)?);
         let weights = self.operand(params, panels)?;
-        if let Some(lists) = &table.hopper {
+        if let Some(lists) = table.hopper_of_bands() {
             return self.hopper_expand(&table.sides(lists, rows)?, epilogue, [y, pre, x, weights, bias]);
         }
         let cut = self.band_cuts.expand;
@@ -331,7 +336,7 @@ impl BandLinear for Cuda {
         const OP: &str = "band_outer";
         let (n, w, packed) = (table.narrow, table.wide, table.packed_len);
         let (wide, narrow) = (self.activation(wide, rows * w)?, self.activation(narrow, rows * n)?);
-        if let Some(lists) = &table.hopper {
+        if let Some(lists) = table.hopper_of_bands() {
             let bias = match bias {
                 BiasGrad::Wide(span) => grads.part(Element::F32, span)?,
                 BiasGrad::Narrow(span) => {
