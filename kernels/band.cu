@@ -9,11 +9,14 @@
 //
 // Shapes: x, y, pre, wide, narrow: [M, N] or [M, W]; bias [W] or [N]; P and dP packed as `Band::table` says. The table's
 //   lists (see src/backend/cuda/band.rs): for each tile of narrow columns the panels that touch it; the tiles of the outer
-//   product as (group of panels, first column). ALIGNED: N and W are multiples of LANES.
+//   product as (group of panels, first column). ALIGNED: N and W are multiples of LANES. BLOCKS: blocks of 128 wide rows x 64
+//   columns stand in the band's place, two panels each; after the table then stand, for each 128 wide rows, their first block
+//   and, in the next word, the end of their blocks. To contract and outer these are panels like any other.
 // Dtypes: Element operands and results, float bias and dP, sums in float.
 // Grid: a block has BLOCK_ROWS x BLOCK_COLS results, a warp of it WARP_ROWS x WARP_COLS; STAGES tiles of DEPTH are on their
 //   way. expand: for each tile of rows the groups of BLOCK_COLS / 64 panels; contract: for each tile of rows the tiles of
-//   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row.
+//   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row, with BLOCKS
+//   per row of a panel, 64 for each.
 // Determinism: every result is summed by one warp in order of the depth; shares are added in order.
 // Caller: src/backend/cuda/band.rs.
 
@@ -160,18 +163,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     constexpr int STAGE_BYTES = (BLOCK_ROWS + BLOCK_COLS) * 128;
     static_assert(WARP_COLS == PANEL_ROWS && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
     SHARED_MEMORY(shared);
+#if BLOCKS
+    // Stages that a block of the pattern makes.
+    constexpr int PER_BLOCK = 64 / DEPTH;
+    static_assert(PANELS == 2, "a block has the rows of a block of the pattern");
+    int narrow = table[0], wide = table[1], groups = ceil_div(wide, BLOCK_COLS), col0 = blockIdx.x % groups * BLOCK_COLS;
+    const u32* blocks = table + table[7] + 2 * table[4] + blockIdx.x % groups;
+    int steps = (blocks[1] - blocks[0]) * PER_BLOCK;
+#else
     int narrow = table[0], wide = table[1], groups = ceil_div(table[2], PANELS);
     Group<PANELS> group(table, blockIdx.x % groups);
+#endif
     int row0 = blockIdx.x / groups * BLOCK_ROWS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
+#if !BLOCKS
     Panel own = group.of(warp_col);
-    int steps = ceil_div(group.end - group.first, DEPTH);
+    int steps = ceil_div(group.end - group.first, DEPTH), col0 = group.upper.row;
+#endif
 
 #if EPILOGUE == 2
     // What the results are multiplied by at the end is on its way meanwhile.
     constexpr int LINE = 128 / sizeof(Element);
     for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / LINE; i += THREADS) {
-        int row = row0 + i / (BLOCK_COLS / LINE), col = group.upper.row + i % (BLOCK_COLS / LINE) * LINE;
+        int row = row0 + i / (BLOCK_COLS / LINE), col = col0 + i % (BLOCK_COLS / LINE) * LINE;
         if (row < rows && col < wide) prefetch(pre + (long long)row * wide + col);
     }
 #endif
@@ -179,6 +193,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * STAGE_BYTES}; };
     auto p_tile = [&](int step) { return Tile<BLOCK_COLS>{x_tile(step).base + BLOCK_ROWS * 128}; };
     const Element* x_rows = x + (long long)row0 * narrow;
+    float acc[MT][NT][4];
+#if BLOCKS
+    // The panels of the next stage to fetch are read a stage early: they are there when they are needed.
+    Panel upper = {}, lower = {};
+    auto read_ahead = [&](int step) {
+        if (step >= steps) return;
+        int index = 2 * (blocks[0] + step / PER_BLOCK);
+        upper = panel_at(table, index), lower = panel_at(table, index + 1);
+    };
+    auto fetch = [&](int step) {
+        if (step < steps) {
+            int col = upper.col + step % PER_BLOCK * DEPTH;
+            stage<DEPTH, THREADS>(x_tile(step), x_rows + col, narrow, rows - row0, narrow - col);
+            stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), 0, weights, upper, 0, col);
+            stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), PANEL_ROWS, weights, lower, 0, col);
+        }
+        copy_async_commit();
+        read_ahead(step + 1);
+    };
+
+    read_ahead(0);
+    run_stages(acc, steps, fetch, [&](int step) {
+        Along<BLOCK_ROWS> left{x_tile(step), warp_row};
+        Along<BLOCK_COLS> right{p_tile(step), warp_col};
+#pragma unroll BAND_UNROLL
+        for (int k = 0; k < DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
+    });
+#else
     auto fetch = [&](int step) {
         if (step < steps) {
             int col = group.first + step * DEPTH;
@@ -189,7 +231,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         copy_async_commit();
     };
 
-    float acc[MT][NT][4];
     run_stages(acc, steps, fetch, [&](int step) {
         Along<BLOCK_ROWS> left{x_tile(step), warp_row};
         Along<BLOCK_COLS> right{p_tile(step), warp_col};
@@ -204,8 +245,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             }
         }
     });
+#endif
 
-    int col0 = group.upper.row;
     finish_results(shared, acc, warp_row, warp_col, rows - row0, wide - col0, [&](int r, int c, float(&sums)[WIDTH]) {
         long long at = (long long)(row0 + r) * wide + col0 + c;
         float others[WIDTH];
@@ -351,8 +392,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 extern "C" __global__ void band_outer_sum(float* out, const float* shares, const u32* table, int count, int packed_len,
                                           int add) {
+#if BLOCKS
+    Panel panel = panel_at(table, blockIdx.x / PANEL_ROWS);
+    int row = panel.row + blockIdx.x % PANEL_ROWS;
+    if (row >= panel.row + panel.rows) return;
+#else
     int row = blockIdx.x;
     Panel panel = panel_at(table, row / PANEL_ROWS);
+#endif
     const u32* range = table + table[6] + 2 * row;
     int from = range[0], to = range[1];
     int base = panel.offset + (row - panel.row) * panel.cols;

@@ -15,6 +15,9 @@
 //   and to each `slice` of their columns. What the band does not touch has no group and is not loaded, and threads whose
 //   slice it does not touch do not multiply. Of outer a tile's start and end are the columns of the narrow side that it sums
 //   up for a bias gradient (`sum_narrow`), so that each column is one tile's; of its wide rows (`sum_wide`) the first tile does.
+//   Behind these it has the first panel of its rows. Where blocks stand in the band's place (`blocks`: 128 wide rows x 64 columns,
+//   two panels each), several panels have the same rows: of expand start and end are the blocks of the tile's rows, of contract
+//   where in the table the blocks of its columns are listed, and each of them is a depth of its own.
 // Determinism: each element is summed by one thread in a fixed order; parts of tiles are added up by reduce.wgsl.
 // Caller: src/backend/wgpu/band.rs.
 {% import "matrix.wgsl" as matrix %}
@@ -55,6 +58,11 @@ struct Tile {
     col: u32,
     start: u32,
     end: u32,
+{%- set words = 4 %}
+{%- if entry == "band_outer" %}
+{%- set words = 5 %}
+    panel: u32,
+{%- endif %}
     // and where its slices follow
     slices: u32,
 }
@@ -68,8 +76,8 @@ fn panel_of(index: u32) -> Panel {
 }
 
 fn tile_of(index: u32) -> Tile {
-    let at = p.tiles_at + {{ 4 + 2 * (bn // slice) }}u * index;
-    return Tile(table[at], table[at + 1u], table[at + 2u], table[at + 3u], at + 4u);
+    let at = p.tiles_at + {{ words + 2 * (bn // slice) }}u * index;
+    return Tile(table[at], table[at + 1u], table[at + 2u], table[at + 3u]{{ ", table[at + 4u]" if words == 5 }}, at + {{ words }}u);
 }
 
 // From where to where the band joins a depth to slice `index` of a tile.
@@ -110,10 +118,10 @@ fn {{ name }}_of(m: u32, c: u32, m_end: u32) -> vec4<f32> {
 {% endmacro %}
 {{ activations("wide", "p.wide") }}
 {{ activations("narrow", "p.narrow") }}
-// Stores four sums of wide row j from narrow column i on; slots outside the exact band receive 0.0.
-fn finish(j: u32, i: u32, share: u32, sums: vec4<f32>) {
+// Stores four sums of wide row j, a row of panel `index`, from narrow column i on; slots outside the exact band receive 0.0.
+fn finish(j: u32, i: u32, index: u32, share: u32, sums: vec4<f32>) {
     if (j >= p.wide) { return; }
-    let panel = panel_of(j / 64u);
+    let panel = panel_of(index);
     // Wraps around, beyond every window, for a column before this one's.
     let col = i - panel.col_start;
     if (col >= panel.cols) { return; }
@@ -169,7 +177,7 @@ fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgrou
 {{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < own.y" if slice < bn else "") }}
     for (var part = share; part < shares; part += 1u) {
 {%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, slice, tn) }}, part, acc{{ i }}_{{ j }});
+    finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, slice, tn) }}, area.panel + ({{ matrix.row(i, bm, tm) }}) / 64u, part, acc{{ i }}_{{ j }});
 {%- endfor %}{% endfor %}
 {{- matrix.clear("acc", tm, tn) }}
 {%- if summed %}
@@ -223,7 +231,7 @@ fn packed_start(panel: Panel, row: u32, i: u32) -> u32 {
 {%- if bn > 64 %}
 // The tile's panel that its row `row` is in, unless that one is empty.
 fn panel_at(row: u32, low: Panel, high: Panel) -> Panel {
-    if (row < 64u || high.cols == 0u) { return low; }
+    if (row < 64u || high.{{ "rows" if blocks else "cols" }} == 0u) { return low; }
     return high;
 }
 {%- endif %}
@@ -297,9 +305,10 @@ another row or panel, which a slice of expand that is one panel does not multipl
     "start": "packed_start(panel, min(rb * 4u % 64u, panel.rows - 4u), k + kb * 4u)"}} %}
 {%- endif %}
 {%- else %}
-{%- set right = {"by_depth": true, "of": "weight_of", "first": "area.col", "context": ", panel_of(k / 64u)"} %}
+{%- set panel = "panel_of(2u * block + k % 128u / 64u)" if blocks else "panel_of(k / 64u)" %}
+{%- set right = {"by_depth": true, "of": "weight_of", "first": "area.col", "context": ", " ~ panel} %}
 {%- if whole %}
-{%- set right = {"by_depth": true, "walk": {"name": "packed", "panel": "panel_of(k / 64u)", "again": "k % 64u == 0u",
+{%- set right = {"by_depth": true, "walk": {"name": "packed", "panel": panel, "again": "k % 64u == 0u",
     "start": "packed_start(panel, k + kb * 4u - panel.row_start, area.col + rb * 4u)",
     "exists": "area.col + rb * 4u - panel.col_start < panel.cols"}} %}
 {%- endif %}
@@ -314,6 +323,7 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgro
 {%- if sliced %}
     let own = slice_of(area, slice);
 {%- endif %}
+{%- if not blocks %}
     let start = area.start;
     let end = area.end;
 {%- if entry == "band_expand" %}
@@ -322,8 +332,30 @@ fn {{ entry }}(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgro
     let high = panel_of(min(group / p.tiles * 2u + 1u, p.panels - 1u));
 {%- endif %}
 {%- endif %}
+{%- endif %}
 {{ matrix.accumulators("acc", tm, tn) }}
+{%- if blocks %}
+    for (var at = area.start; at < area.end; at += 1u) {
+{%- if entry == "band_expand" %}
+    let low = panel_of(2u * at{{ " + area.row % 128u / 64u" if bn == 64 }});
+{%- if bn > 64 %}
+    let high = panel_of(2u * at + 1u);
+{%- endif %}
+    let start = low.col_start;
+    let end = start + low.cols;
+{%- else %}
+    let block = table[at];
+    let start = panel_of(2u * block).row_start;
+    let end = min(start + 128u, p.wide);
+{%- endif %}
+{%- endif %}
 {{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < k && k < own.y + " ~ bk ~ "u" if sliced else "") }}
+{%- if blocks %}
+{%- if not subgroup %}
+    workgroupBarrier();
+{%- endif %}
+    }
+{%- endif %}
 {%- set first = "area.row" if entry == "band_expand" else "area.col" %}
 {%- if bias %}{% for j in range(tn // 4) %}
     let bias{{ j }} = bias_of({{ first }} + {{ matrix.col(j, slice, tn) }});

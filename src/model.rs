@@ -8,7 +8,7 @@ use crate::backend::{
     Role, SequenceDims, Write,
 };
 use crate::config::GptConfig;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::shapes::{Act, Param, ParamTable, Span};
 use crate::weights::Weights;
 
@@ -163,15 +163,9 @@ impl<B: Backend> Model<B> {
     /// Brings weights to a device.
     ///
     /// # Errors
-    /// The device has not enough memory; [`Error::Usage`] for patterns of blocks on a backend that does not multiply them.
+    /// The device has not enough memory.
     pub fn new(mut backend: B, weights: &Weights) -> Result<Self> {
         let table = weights.table().clone();
-        if !B::BLOCKS && table.bands().iter().any(|band| band.blocks().is_some()) {
-            return Err(Error::usage(format!(
-                "{} multiplies no patterns of blocks; choose --backend cpu, or bandwidths",
-                backend.description()
-            )));
-        }
         let mut params = backend
             .alloc(Role::Parameters, "parameters", table.len())
             .map_err(|error| error.with_memory_advice("the model itself does not fit, choose a smaller one"))?;

@@ -89,19 +89,6 @@ fn a_model_that_memory_cannot_hold_is_refused() {
 }
 
 #[test]
-fn patterns_of_blocks_are_refused() {
-    let Some(device) = device(&Options::default()) else { return };
-    let toy = preset("toy").unwrap().model;
-    let weights = Weights::init(&GptConfig { fc2_bandwidth: "random:0.5".parse().unwrap(), ..toy }, 1).unwrap();
-    let error = Model::new(device, &weights).err().unwrap();
-    assert!(
-        error.to_string().ends_with("multiplies no patterns of blocks; choose --backend cpu, or bandwidths"),
-        "{error}"
-    );
-    assert_eq!(error.exit_code(), 2);
-}
-
-#[test]
 fn a_buffer_larger_than_any_may_be_is_foreseen() {
     let Some(device) = device(&Options::default()) else { return };
     let most = device.max_buffer_bytes().unwrap();

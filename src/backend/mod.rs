@@ -539,9 +539,6 @@ pub enum BiasGrad {
 
 /// The three products of a band, or of blocks in its place. P is the packed weight; all three visit the band's panels only.
 pub trait BandLinear: Device {
-    /// Whether it multiplies patterns of blocks ([`Band::blocks`]); if not, it is given none.
-    const BLOCKS: bool;
-
     /// The band's geometry on the device.
     type Table;
 

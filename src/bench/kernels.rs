@@ -6,7 +6,7 @@ use super::products::{self, Axes, PRODUCTS};
 use super::turns::Rotation;
 use super::work::Work;
 use crate::backend::{Backend, HeadDims, SequenceDims};
-use crate::band::Band;
+use crate::bandwidths::{Bandwidths, Connections};
 use crate::config::padded_vocab;
 use crate::error::{Error, Result};
 use crate::output;
@@ -118,10 +118,12 @@ impl Timing {
 pub struct KernelTime {
     /// FC1 or FC2, and which of its products.
     pub product: &'static str,
-    /// The band's bandwidth, 0 for dense.
-    pub bandwidth: usize,
+    /// The band's bandwidth, 0 for dense, or the pattern in its place.
+    pub bandwidth: Bandwidths,
     /// Share of the dense layer's connections.
     pub density: f64,
+    /// Share of the dense layer's weights that are stored and multiplied: the panels or blocks that the connections lie in.
+    pub stored: f64,
     /// Its time.
     #[serde(flatten)]
     pub timing: Timing,
@@ -213,7 +215,7 @@ pub struct Kernels {
 
 const ALL_SIX: &str = "all six";
 
-/// Times each product of an MLP, dense and at each bandwidth in turns so that all see the same state of the machine, then the
+/// Times each product of an MLP, dense and with each of `kept` in turns so that all see the same state of the machine, then the
 /// other operations of a step. `progress` is told the share done.
 ///
 /// # Errors
@@ -221,29 +223,28 @@ const ALL_SIX: &str = "all six";
 pub fn kernels<B: Backend>(
     backend: &mut B,
     sizes: Sizes,
-    bandwidths: &[usize],
+    kept: &[Connections],
     repeats: usize,
     progress: impl Fn(f64),
 ) -> Result<Kernels> {
-    sizes.check(backend, 1 + bandwidths.len())?;
-    time_all(backend, sizes, bandwidths, repeats, progress)
+    sizes.check(backend, 1 + kept.len())?;
+    time_all(backend, sizes, kept, repeats, progress)
         .map_err(|error| error.with_memory_advice("choose a smaller --rows or --channels"))
 }
 
 fn time_all<B: Backend>(
     backend: &mut B,
     sizes: Sizes,
-    bandwidths: &[usize],
+    kept: &[Connections],
     repeats: usize,
     progress: impl Fn(f64),
 ) -> Result<Kernels> {
     let axes = sizes.axes();
     ParamTable::new(&sizes.shape().config(1))?;
-    let bands = bandwidths.iter().map(|&width| Band::new(axes.narrow, axes.wide, width)).collect::<Result<Vec<_>>>()?;
     let ceilings = Ceilings::measure(backend)?;
     let parts = (PRODUCTS.len() + OPERATIONS.len()) as f64;
     let done = |count: usize| progress(count as f64 / parts);
-    let (product_buffers, products) = products::time(backend, axes, bands, repeats, done)?;
+    let (product_buffers, products) = products::time(backend, axes, kept, repeats, done)?;
     let after_products = |count| done(PRODUCTS.len() + count);
     let (operation_buffers, optimizer_parameters, others) =
         operations::time(backend, sizes.shape(), repeats, after_products)?;
@@ -252,7 +253,7 @@ fn time_all<B: Backend>(
         timing: Timing::new(other.seconds, other.work, ceilings.floor_seconds(other.work)),
     };
     let operations = others.into_iter().map(operation).collect();
-    let (kernels, sums) = (product_times(&products, &ceilings), sum_times(&products, &ceilings, 1 + bandwidths.len()));
+    let (kernels, sums) = (product_times(&products, &ceilings), sum_times(&products, &ceilings, 1 + kept.len()));
     Ok(Kernels {
         break_even: break_even(&kernels, &sums),
         ceilings,
@@ -265,14 +266,19 @@ fn time_all<B: Backend>(
     })
 }
 
-/// Where each product, and their sum, breaks even; nothing where no band was measured.
+/// Where each product, and their sum, breaks even; nothing where no band was measured. Patterns are no points of that line.
 fn break_even(kernels: &[KernelTime], sums: &[KernelTime]) -> Vec<BreakEvenOf> {
     let of = |product| {
-        let bands = kernels.iter().chain(sums).filter(|time| time.product == product && time.bandwidth > 0);
+        let bands = kernels.iter().chain(sums).filter(|time| time.product == product && is_band(time));
         let at = BreakEven::of(bands.map(|time| (time.density, time.of_dense)).collect())?;
         Some(BreakEvenOf { product, at })
     };
     PRODUCTS.into_iter().chain([ALL_SIX]).filter_map(of).collect()
+}
+
+/// Whether it was a band's, and neither a pattern's nor the dense layer's.
+fn is_band(time: &KernelTime) -> bool {
+    matches!(time.bandwidth, Bandwidths::Same(bandwidth) if bandwidth > 0)
 }
 
 /// Each product beside the dense one, which comes first among those of its index.
@@ -295,8 +301,9 @@ fn sum_times(products: &[products::Measured], ceilings: &Ceilings, densities: us
             let first = &products[density];
             let sum = products::Measured {
                 index: 0,
-                bandwidth: first.bandwidth,
+                keeps: first.keeps,
                 density: first.density,
+                stored: first.stored,
                 seconds: same().map(|product| product.seconds).sum(),
                 work: same().map(|product| product.work).sum(),
             };
@@ -311,8 +318,9 @@ fn sum_times(products: &[products::Measured], ceilings: &Ceilings, densities: us
 fn beside(product: &'static str, measured: &products::Measured, floor: f64, dense: (f64, f64)) -> KernelTime {
     KernelTime {
         product,
-        bandwidth: measured.bandwidth,
+        bandwidth: measured.keeps.into(),
         density: measured.density,
+        stored: measured.stored,
         timing: Timing::new(measured.seconds, measured.work, floor),
         of_dense: measured.seconds / dense.0,
         speed_up: dense.0 / measured.seconds,
@@ -343,8 +351,9 @@ mod tests {
             Ceilings { gflop_per_s: 1.0, gflop_per_s_of: String::new(), gb_per_s: 1.0, gb_per_s_of: String::new() };
         let measured = |index, bandwidth, seconds, flops, bytes| products::Measured {
             index,
-            bandwidth,
+            keeps: Connections::Band(bandwidth),
             density: if bandwidth == 0 { 1.0 } else { 0.25 },
+            stored: 1.0,
             seconds,
             work: Work { flops, bytes },
         };
@@ -362,7 +371,9 @@ mod tests {
         let sums = sum_times(&products, &ceilings, 2);
         assert_eq!((sums[0].timing.milliseconds, sums[1].timing.milliseconds), (10e3, 5e3));
         assert_eq!((sums[0].timing.floor_milliseconds, sums[1].timing.floor_milliseconds), (5e3, 2.5e3));
-        assert_eq!((sums[1].ideal_speed_up, sums[1].bandwidth, sums[1].product), (2.0, 9, ALL_SIX));
+        assert_eq!((sums[1].ideal_speed_up, sums[1].bandwidth, sums[1].product), (2.0, 9.into(), ALL_SIX));
+        let pattern = KernelTime { bandwidth: "random:0.25".parse().unwrap(), ..sums[1].clone() };
+        assert_eq!((is_band(&sums[0]), is_band(&sums[1]), is_band(&pattern)), (false, true, false));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use super::work::{Matrix, Stored, Work};
 use super::{filled, median};
 use crate::backend::{Affine, Backend, BiasGrad, Expansion, LinearDims, Role, Write};
 use crate::band::Band;
+use crate::bandwidths::Connections;
 use crate::error::Result;
 use crate::shapes::{Span, TENSOR_ALIGN};
 
@@ -85,12 +86,17 @@ pub(super) struct Weights<B: Backend> {
     params: B::Buffer,
     grads: B::Buffer,
     places: Vec<Place>,
+    keeps: Connections,
     /// `None` for the dense layer.
     band: Option<(Band, B::Table)>,
 }
 
 impl<B: Backend> Weights<B> {
-    fn new(backend: &mut B, axes: Axes, sets: usize, band: Option<Band>) -> Result<Self> {
+    fn new(backend: &mut B, axes: Axes, sets: usize, keeps: Connections) -> Result<Self> {
+        let band = match keeps {
+            Connections::DENSE => None,
+            keeps => Some(Band::of(keeps, axes.narrow, axes.wide, 0)?),
+        };
         let len = band.as_ref().map_or(axes.narrow * axes.wide, Band::packed_len);
         let mut end = 0;
         let mut span = |len: usize| {
@@ -104,6 +110,7 @@ impl<B: Backend> Weights<B> {
             params: filled(backend, Role::Parameters, "parameters", end)?,
             grads: filled(backend, Role::Gradients, "gradients", end)?,
             places,
+            keeps,
             band: match band {
                 None => None,
                 Some(band) => {
@@ -112,11 +119,6 @@ impl<B: Backend> Weights<B> {
                 }
             },
         })
-    }
-
-    /// The bandwidth, 0 for dense.
-    pub fn bandwidth(&self) -> usize {
-        self.band.as_ref().map_or(0, |(band, _)| band.bandwidth())
     }
 
     /// Weights that exist, and that are stored.
@@ -198,13 +200,15 @@ fn banded<B: Backend>(
 /// One product in one density.
 pub(super) struct Measured {
     pub index: usize,
-    pub bandwidth: usize,
+    pub keeps: Connections,
     pub density: f64,
+    /// Share of the dense layer's weights that are stored and multiplied.
+    pub stored: f64,
     pub seconds: f64,
     pub work: Work,
 }
 
-/// Times every product, dense and in each band, and says over how many sets of buffers. `progress` is told how many of
+/// Times every product, dense and with each of `kept`, and says over how many sets of buffers. `progress` is told how many of
 /// [`PRODUCTS`] are done.
 ///
 /// # Errors
@@ -212,12 +216,12 @@ pub(super) struct Measured {
 pub(super) fn time<B: Backend>(
     backend: &mut B,
     axes: Axes,
-    bands: Vec<Band>,
+    kept: &[Connections],
     repeats: usize,
     mut progress: impl FnMut(usize),
 ) -> Result<(Rotation, Vec<Measured>)> {
     let stored = Stored::of(backend);
-    let densities = 1 + bands.len();
+    let densities = 1 + kept.len();
     let all = axes.narrow * axes.wide;
     let least = (0..PRODUCTS.len()).map(|index| axes.work(stored, index, all, all).bytes).fold(f64::INFINITY, f64::min);
     let set_bytes = axes.set_elements(densities) * stored.activation.max(4) as f64;
@@ -227,8 +231,8 @@ pub(super) fn time<B: Backend>(
     let sets = rotation.sets;
     let mut streams = (0..sets).map(|_| Streams::new(backend, axes)).collect::<Result<Vec<_>>>()?;
     let mut weights = Vec::with_capacity(densities);
-    for band in std::iter::once(None).chain(bands.into_iter().map(Some)) {
-        weights.push(Weights::new(backend, axes, sets, band)?);
+    for keeps in std::iter::once(Connections::DENSE).chain(kept.iter().copied()) {
+        weights.push(Weights::new(backend, axes, sets, keeps)?);
     }
     let mut measured = Vec::with_capacity(PRODUCTS.len() * densities);
     for index in 0..PRODUCTS.len() {
@@ -238,9 +242,8 @@ pub(super) fn time<B: Backend>(
         for (weights, samples) in weights.iter().zip(samples) {
             let (kept, stored_weights) = weights.counts(axes);
             let work = axes.work(stored, index, kept, stored_weights);
-            let density = kept as f64 / all as f64;
-            let (bandwidth, seconds) = (weights.bandwidth(), median(samples));
-            measured.push(Measured { index, bandwidth, density, seconds, work });
+            let [density, stored] = [kept, stored_weights].map(|count| count as f64 / all as f64);
+            measured.push(Measured { index, keeps: weights.keeps, density, stored, seconds: median(samples), work });
         }
         progress(index + 1);
     }

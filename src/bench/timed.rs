@@ -205,7 +205,6 @@ impl<B: Backend> Linear for Timed<B> {
 
 impl<B: Backend> BandLinear for Timed<B> {
     type Table = B::Table;
-    const BLOCKS: bool = B::BLOCKS;
 
     fn band_table(&mut self, band: &Band) -> Result<B::Table> {
         self.inner.band_table(band)

@@ -5,6 +5,7 @@ use super::device::{DeviceArgs, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
 use crate::backend::Backend;
+use crate::bandwidths::{Bandwidths, Connections};
 use crate::bench::{Ceilings, Kernels, Sizes, StepTime, Steps, kernels, step};
 use crate::config::{GPT2_VOCAB, GptConfig, preset};
 use crate::error::{Error, Result};
@@ -14,13 +15,14 @@ use serde::Serialize;
 
 /// Times every operation, or whole steps, banded beside dense
 ///
-/// kernels: every product of FC1 and FC2 at several bandwidths beside the dense one in the same run, and the other operations
+/// kernels: every product of FC1 and FC2 at several bandwidths, or patterns of blocks, beside the dense one in the same run, and the other operations
 /// of a training step. step: whole training steps of a preset, dense and with FC1 and FC2 banded, one recorded while the one
 /// before it is running, as in a training. Medians of repeated runs; those that compile kernels or warm up are not counted.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   bandtrain bench kernels --backend cpu -C 512 --rows 2048
+  bandtrain bench kernels --backend cuda --rows 8192 -w 1024 random:0.438 strided:0.438
   bandtrain bench step --preset tinystories-51m -w 1024 --peak-tflops 165.2
   BANDTRAIN_WGPU_TUNING='dense=128x64x8:8x8;unroll=4' bandtrain bench step --backend wgpu
 
@@ -31,10 +33,11 @@ to 1 GB (the fastest run of the faster one counts); both are printed with the si
   GB/s       every tensor read and every tensor written once, in the size it is stored in
   of floor   floor over time; the floor is the longer of what the bytes and what the FLOPs take at the measured rates;
              above 1 where a cache held what is counted as memory
+  stored     the share of the dense weights that are stored and multiplied: those of the panels or blocks that hold connections
   speed-up   the dense product's time over the band's
   ideal      the dense product's floor over the band's: 1 / density where products bound both, less where memory does
   break-even the density below which the band is faster: where a straight line between two measured bandwidths meets the \
-dense time, or a bound where none does
+dense time, or a bound where none does; patterns are left out
   MFU        a step's products (forward once, backward twice) over its time, as a share of the measured rate of products
 Operations run over several sets of buffers in turn, so many that their operands exceed 134 MB, more than a cache holds (at most \
 16, and at most half of the free memory); how many is printed. A step's memory is estimated from the shape tables and, where \
@@ -65,9 +68,9 @@ pub struct BenchArgs {
     /// kernels: V, the vocabulary of the head [default: 50257]
     #[arg(long, value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     vocab_size: Option<usize>,
-    /// Bandwidths to compare with dense [default: 4C, 2C, C and C/2; for step 2C]
-    #[arg(long, short = 'w', value_parser = parse::positive, num_args = 1.., value_name = "N", allow_negative_numbers = true)]
-    bandwidth: Vec<usize>,
+    /// Bandwidths, or patterns like random:0.438, to compare with dense [default: 4C, 2C, C and C/2; for step 2C]
+    #[arg(long, short = 'w', value_parser = parse::some_connections, num_args = 1.., value_name = "N", allow_negative_numbers = true)]
+    bandwidth: Vec<Connections>,
     /// step: the model [default: toy]
     #[arg(long, value_name = "NAME")]
     preset: Option<String>,
@@ -150,18 +153,18 @@ fn run_kernels(args: BenchArgs) -> Result<()> {
     let channels = args.channels.unwrap_or(512);
     let vocab_size = args.vocab_size.unwrap_or(GPT2_VOCAB);
     let sizes = Sizes::new(channels, args.rows.unwrap_or(2048), args.seq_len, vocab_size)?;
-    let bandwidths = match args.bandwidth.is_empty() {
-        true => vec![4 * channels, 2 * channels, channels, channels.div_ceil(2)],
+    let kept = match args.bandwidth.is_empty() {
+        true => [4 * channels, 2 * channels, channels, channels.div_ceil(2)].map(Connections::Band).to_vec(),
         false => args.bandwidth,
     };
-    let task = KernelsTask { sizes, bandwidths, repeats: args.repeats, quiet: args.json };
+    let task = KernelsTask { sizes, kept, repeats: args.repeats, quiet: args.json };
     let report = with_backend(&args.device, task)?;
     if args.json { print_json(&report) } else { print_kernels(&report) }
 }
 
 struct KernelsTask {
     sizes: Sizes,
-    bandwidths: Vec<usize>,
+    kept: Vec<Connections>,
     repeats: usize,
     quiet: bool,
 }
@@ -170,11 +173,11 @@ impl Task for KernelsTask {
     type Output = KernelsReport;
 
     fn run<B: Backend>(self, mut backend: B) -> Result<KernelsReport> {
-        let Self { sizes, bandwidths, repeats, quiet } = self;
+        let Self { sizes, kept, repeats, quiet } = self;
         let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(100) };
         bar.set_style(ProgressStyle::with_template("{bar:32} {percent} %").expect("the template is well formed"));
         let done = |share: f64| bar.set_position((100.0 * share) as u64);
-        let kernels = kernels(&mut backend, sizes, &bandwidths, repeats, done)?;
+        let kernels = kernels(&mut backend, sizes, &kept, repeats, done)?;
         bar.finish_and_clear();
         let (device, precision) = (backend.description(), backend.arithmetic().name());
         let (mlp_width, rows) = (4 * sizes.channels, sizes.rows());
@@ -209,12 +212,13 @@ fn run_steps(args: BenchArgs) -> Result<()> {
     let preset = preset(args.preset.as_deref().unwrap_or("toy"))?;
     let dense = GptConfig { fc1_bandwidth: 0.into(), fc2_bandwidth: 0.into(), ..preset.model };
     check_seq_len(args.seq_len.unwrap_or(1), dense.max_seq_len)?;
-    let bandwidths = if args.bandwidth.is_empty() { vec![2 * dense.channels] } else { args.bandwidth };
+    let kept = if args.bandwidth.is_empty() { vec![Connections::Band(2 * dense.channels)] } else { args.bandwidth };
     let (batch, tokens) = (args.batch_size.unwrap_or(preset.batch_size), args.seq_len.unwrap_or(dense.max_seq_len));
     let (device, precision, ceilings) = with_backend(&args.device, CeilingsTask)?;
     let mut steps: Vec<StepBesideDense> = Vec::new();
-    for bandwidth in std::iter::once(0).chain(bandwidths) {
-        let config = GptConfig { fc1_bandwidth: bandwidth.into(), fc2_bandwidth: bandwidth.into(), ..dense };
+    for keeps in std::iter::once(Connections::DENSE).chain(kept) {
+        let both = Bandwidths::from(keeps);
+        let config = GptConfig { fc1_bandwidth: both, fc2_bandwidth: both, ..dense };
         let what = Steps { config, batch, tokens, repeats: args.repeats };
         let task = StepTask { what, ceilings: &ceilings, peak_flop_per_s: args.peak_tflops.map(|peak| 1e12 * peak) };
         let time = with_backend(&args.device, task)?;

@@ -41,17 +41,20 @@ pub(super) fn print_kernels(report: &KernelsReport) -> Result<()> {
     let unit = Unit::suiting(&kernels.ceilings);
     print_ceilings(&kernels.ceilings, unit)?;
     say!("\nproducts of the MLP, on {}", rotation(kernels.product_buffers))?;
+    let all = || kernels.kernels.iter().chain(&kernels.sums);
+    let header = "bandwidth";
+    let width = all().map(|time| kept(time).len()).fold(header.len(), usize::max);
     say!(
-        "{:<27} {:>9} {:>10} {:>10} {} {:>8} {:>6}",
+        "{:<27} {header:>width$} {:>10} {:>10} {:>10} {} {:>8} {:>6}",
         "product",
-        "bandwidth",
         "density",
+        "stored",
         "ms",
         rates_header(unit),
         "speed-up",
         "ideal"
     )?;
-    kernels.kernels.iter().chain(&kernels.sums).try_for_each(|time| print_kernel(time, unit))?;
+    all().try_for_each(|time| print_kernel(time, width, unit))?;
     print_break_even(&kernels.break_even)?;
     say!(
         "\nother operations, B={} T={} NH={} V={}, on {}",
@@ -83,11 +86,19 @@ fn rates(timing: &Timing, unit: Unit) -> String {
     format!("{:>9} {gb_per_s:>8.2} {fraction_of_floor:>8.3}", unit.show(*gflop_per_s))
 }
 
-fn print_kernel(time: &KernelTime, unit: Unit) -> Result<()> {
-    let KernelTime { product, bandwidth, density, timing, speed_up, ideal_speed_up, .. } = time;
-    let bandwidth = if *bandwidth == 0 { "dense".to_string() } else { bandwidth.to_string() };
-    let (density, ms, rates) = (100.0 * density, timing.milliseconds, rates(timing, unit));
-    say!("{product:<27} {bandwidth:>9} {density:>8.2} % {ms:>10.3} {rates} {speed_up:>8.3} {ideal_speed_up:>6.2}")
+/// What the layer kept.
+fn kept(time: &KernelTime) -> String {
+    if time.bandwidth.is_dense() { "dense".to_string() } else { time.bandwidth.to_string() }
+}
+
+fn print_kernel(time: &KernelTime, width: usize, unit: Unit) -> Result<()> {
+    let KernelTime { product, density, stored, timing, speed_up, ideal_speed_up, .. } = time;
+    let [density, stored] = [density, stored].map(|share| 100.0 * share);
+    let (kept, ms, rates) = (kept(time), timing.milliseconds, rates(timing, unit));
+    say!(
+        "{product:<27} {kept:>width$} {density:>8.2} % {stored:>8.2} % {ms:>10.3} {rates} {speed_up:>8.3} \
+         {ideal_speed_up:>6.2}"
+    )
 }
 
 fn print_operation(time: &OperationTime, unit: Unit) -> Result<()> {
@@ -155,7 +166,11 @@ fn print_step(StepBesideDense { time, speed_up }: &StepBesideDense, unit: Unit) 
 }
 
 fn mlp_name(time: &StepTime) -> String {
-    if time.fc1_bandwidth.is_dense() { "dense".to_string() } else { format!("banded {}", time.fc1_bandwidth) }
+    match time.fc1_bandwidth {
+        dense if dense.is_dense() => "dense".to_string(),
+        pattern if pattern.has_patterns() => pattern.to_string(),
+        bandwidth => format!("banded {bandwidth}"),
+    }
 }
 
 /// What each group of operations takes, a column for each step.

@@ -69,6 +69,14 @@ pub fn connections(text: &str) -> Result<Connections, String> {
     }
 }
 
+/// What a layer keeps that is not dense: a bandwidth of at least 1, or a pattern.
+pub fn some_connections(text: &str) -> Result<Connections, String> {
+    match BlockPattern::is_meant_by(text) {
+        true => text.parse(),
+        false => positive(text).map(Connections::Band),
+    }
+}
+
 /// Bandwidths over the depth: one, a ramp 1024..256, a pattern random:0.438, or a list 1024,512,random:0.25.
 pub fn bandwidths(text: &str) -> Result<Bandwidths, String> {
     match text.contains(',') || text.contains("..") {

@@ -24,7 +24,7 @@ pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Resu
     }
     let band = Band::new(16, 64, 32)?;
     suite.check(&ProductsCase { rows: 1100, band: &band })?;
-    if A::BLOCKS && R::BLOCKS { block_cases(suite) } else { Ok(()) }
+    block_cases(suite)
 }
 
 /// (rows, N, W, pattern): one block and many, whole ones and parts, half of one at the end, more across than down.

@@ -57,13 +57,14 @@ pub fn assert_same(first: &[u32], second: &[u32], what: &str) {
     panic!("{what}: {} of {} values differ, the first is value {index}: {a:e} and {b:e}", different.len(), first.len());
 }
 
-/// Holds the gradients of a model whose blocks have other bandwidths each, some none, and an MLP of an odd width, to the
-/// reference's, in fp32.
+/// Holds the gradients of a model whose layers have other bandwidths and patterns each, some none, and an MLP of an odd width, to
+/// the reference's, in fp32.
 ///
 /// # Panics
 /// When they differ by more than their tolerance.
 pub fn check_uneven_layers<B: Backend>(device: B) {
-    let (fc1, fc2) = ("64,0,150,16".parse().unwrap(), "8..190".parse().unwrap());
+    let fc1 = "64,0,strided:0.4,random:0.3:2".parse().unwrap();
+    let fc2 = "random:0.6:1,8,190,strided:0.7".parse().unwrap();
     let toy = preset("toy").unwrap().model;
     let config = GptConfig { fc1_bandwidth: fc1, fc2_bandwidth: fc2, ..toy }.with_mlp_width(201);
     let weights = Weights::init(&config, 4).unwrap();

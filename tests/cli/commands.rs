@@ -227,6 +227,12 @@ fn bench_kernels_tells_everything_in_json() {
     for buffers in ["product_buffers", "operation_buffers"] {
         all_positive(&report[buffers], &["sets", "least_bytes"]);
     }
+    let report = json(&place, &format!("{SMALL_KERNELS} -w 8 random:0.5 --json"));
+    let kept = |index: usize| &report["kernels"][index]["bandwidth"];
+    assert_eq!([kept(0), kept(1), kept(2)], [&Value::from(0), &8.into(), &"random:0.5".into()]);
+    // The one block that 64 x 16 elements make.
+    assert_eq!((&report["kernels"][2]["density"], &report["kernels"][2]["stored"]), (&1.0.into(), &1.0.into()));
+    all_positive(&report["kernels"][1], &["stored"]);
 }
 
 #[test]
@@ -252,6 +258,13 @@ fn bench_kernels_prints_what_was_measured() {
     for bandwidth in [64, 32, 16, 8] {
         assert!(text.lines().any(|line| line.starts_with(&format!("FC1 input gradient {bandwidth:>18} "))), "{text}");
     }
+    let text = Place::new().ok("bench kernels -C 128 --rows 8 -t 4 --vocab-size 100 --repeats 1 -w 256 strided:0.5");
+    let line = |name: &str| {
+        let found = text.lines().find(|line| line.starts_with("all six ") && line.contains(name));
+        found.unwrap_or_else(|| panic!("{name} is missing in {text}")).split_whitespace().collect::<Vec<_>>()
+    };
+    assert_eq!(line(" strided:0.5 ")[2..7], ["strided:0.5", "50.00", "%", "50.00", "%"]);
+    assert_eq!((line(" 256 ")[3], line(" dense ")[3..7].join(" ")), ("43.90", "100.00 % 100.00 %".to_string()));
 }
 
 #[test]
@@ -304,7 +317,8 @@ fn bench_step_prints_what_was_measured() {
     for part in parts {
         assert!(text.contains(part), "'{part}' is missing in {text}");
     }
-    assert!(!place.ok("bench step -b 1 -t 4 --repeats 1").contains("of peak"));
+    let text = place.ok("bench step -b 1 -t 4 --repeats 1 -w strided:0.5");
+    assert!(!text.contains("of peak") && text.lines().any(|line| line.starts_with("strided:0.5  ")), "{text}");
 }
 
 #[test]

@@ -16,7 +16,6 @@ const BATCH_ROWS: usize = 256;
 
 impl BandLinear for Cpu {
     type Table = Band;
-    const BLOCKS: bool = true;
 
     fn band_table(&mut self, band: &Band) -> Result<Band> {
         Ok(band.clone())

@@ -6,6 +6,7 @@ use super::buffer::{Buffer, Element};
 use super::{Cuda, Unit, args, unit};
 use crate::backend::{Arithmetic, BandLinear, BiasGrad, Expansion, Write};
 use crate::band::{Band, PANEL_ROWS, Panel};
+use crate::blocks::{BLOCK_COLS, Blocks};
 use crate::error::Result;
 use crate::shapes::Span;
 
@@ -84,6 +85,8 @@ impl Cut {
 pub(super) struct Cuts {
     expand: Cut,
     contract: Cut,
+    /// Of blocks, each of which then fills a tile's columns: half as wide as of a band, and twice as high.
+    contract_blocks: Cut,
     /// Of several for the outer product, the one that fetches the least: wide tiles fetch less, narrow ones fit a band's windows.
     outer: [Cut; 3],
 }
@@ -95,19 +98,22 @@ impl Cuts {
             Arithmetic::Bf16 => Self {
                 expand: Cut::new([128, 128], [32, 64], 64, 3, 2),
                 contract: Cut::new([128, 128], [64, 64], 64, 3, 2),
+                contract_blocks: Cut::new([256, BLOCK_COLS], [64, 64], 64, 2, 2),
                 outer: [128, 96, 64].map(|cols| Cut::new([128, cols], [64, cols / 2], 64, 3, 2)),
             },
             _ => Self {
                 expand: Cut::new([128, 128], [32, 64], 32, 3, 1),
                 contract: Cut::new([128, 128], [32, 64], 32, 3, 1),
+                contract_blocks: Cut::new([256, BLOCK_COLS], [32, 64], 32, 2, 1),
                 outer: [128, 96, 64].map(|cols| Cut::new([128, cols], [32, cols / 2], 32, 3, 1)),
             },
         }
     }
 }
 
-/// A band's geometry on the device: [`Band::table`]; then for each tile of 128 narrow columns the place and the number of the
-/// panels that touch it, and those panels; then the tiles of the outer product, as pairs of panels and first columns.
+/// A band's geometry on the device: [`Band::table`]; of blocks, for each row of them the number of the first one, and in the end
+/// how many there are; for each tile of narrow columns of contract the place and the number of the panels that touch it, and those
+/// panels; then the tiles of the outer product, as pairs of panels and first columns.
 pub struct Table {
     words: Buffer,
     narrow: usize,
@@ -115,9 +121,12 @@ pub struct Table {
     panels: usize,
     packed_len: usize,
     contract_at: usize,
+    contract: Cut,
     outer_at: usize,
     outer_tiles: usize,
     outer: Cut,
+    /// Whether blocks stand in the band's place.
+    blocks: bool,
     hopper: Option<band_hopper::Lists>,
 }
 
@@ -125,6 +134,7 @@ pub struct Table {
 struct Lists {
     words: Vec<u32>,
     contract_at: usize,
+    contract: Cut,
     outer_at: usize,
     outer_tiles: usize,
     outer: Cut,
@@ -133,8 +143,10 @@ struct Lists {
 impl Lists {
     fn new(band: &Band, cuts: &Cuts) -> Self {
         let mut words = band.table();
+        words.extend(band.blocks().into_iter().flat_map(first_blocks));
         let contract_at = words.len();
-        let cols = cuts.contract.cols;
+        let contract = if band.blocks().is_some() { cuts.contract_blocks } else { cuts.contract };
+        let cols = contract.cols;
         let panels_of = |start: usize| -> Vec<u32> {
             let touches =
                 |(_, p): &(usize, &Panel)| !p.is_empty() && p.col_start < start + cols && p.col_start + p.cols > start;
@@ -153,8 +165,19 @@ impl Lists {
         let outer = cuts.outer.into_iter().min_by_key(fetched).unwrap_or(cuts.outer[0]);
         let tiles = outer_tiles(band, outer);
         words.extend(tiles.iter().flatten());
-        Self { words, contract_at, outer_at, outer_tiles: tiles.len(), outer }
+        Self { words, contract_at, contract, outer_at, outer_tiles: tiles.len(), outer }
     }
+}
+
+/// For each block row the number of its first block, and that of all of them.
+fn first_blocks(blocks: &Blocks) -> Vec<u32> {
+    let mut count = 0;
+    let mut firsts = vec![0];
+    firsts.extend((0..blocks.down()).map(|row| {
+        count += blocks.row(row).count() as u32;
+        count
+    }));
+    firsts
 }
 
 /// Groups of panels and first columns of the outer product's tiles.
@@ -204,6 +227,12 @@ impl Table {
         self.words.f32s(self.words.len())
     }
 
+    /// Hopper's lists for expand and outer, whose kernels there are for bands: a window without gaps, and far more columns for a
+    /// tile of outer than a block has. Contract visits any panels.
+    fn hopper_of_bands(&self) -> Option<&band_hopper::Lists> {
+        self.hopper.as_ref().filter(|_| !self.blocks)
+    }
+
     fn sides<'a>(&self, lists: &'a band_hopper::Lists, rows: usize) -> Result<Sides<'a>> {
         Ok(Sides { lists, words: self.words()?, narrow: self.narrow, wide: self.wide, rows })
     }
@@ -211,10 +240,10 @@ impl Table {
 
 impl BandLinear for Cuda {
     type Table = Table;
-    const BLOCKS: bool = false;
 
     fn band_table(&mut self, band: &Band) -> Result<Table> {
-        let Lists { mut words, contract_at, outer_at, outer_tiles, outer } = Lists::new(band, &self.band_cuts);
+        let Lists { mut words, contract_at, contract, outer_at, outer_tiles, outer } =
+            Lists::new(band, &self.band_cuts);
         let whole_chunks = [band.narrow(), band.wide()].iter().all(|side| side.is_multiple_of(self.element().lanes()));
         let hopper = self.arithmetic == Arithmetic::Bf16 && self.kernels.target().has_warpgroup_products();
         let hopper = (hopper && whole_chunks).then(|| band_hopper::Lists::new(band, &mut words));
@@ -228,9 +257,11 @@ impl BandLinear for Cuda {
             panels: band.panels().len(),
             packed_len: band.packed_len(),
             contract_at,
+            contract,
             outer_at,
             outer_tiles,
             outer,
+            blocks: band.blocks().is_some(),
             hopper,
         })
     }
@@ -254,12 +285,13 @@ impl BandLinear for Cuda {
         };
         let (y, x) = (self.activation(y, rows * w)?, self.activation(x, rows * n)?);
         let weights = self.operand(params, panels)?;
-        if let Some(lists) = &table.hopper {
+        if let Some(lists) = table.hopper_of_bands() {
             return self.hopper_expand(&table.sides(lists, rows)?, epilogue, [y, pre, x, weights, bias]);
         }
         let cut = self.band_cuts.expand;
         let unit = expand_unit(cut, self.arithmetic, table.is_aligned(self.element()), epilogue);
-        let grid = [rows.div_ceil(cut.rows) * table.panels.div_ceil(cut.cols / PANEL_ROWS), 1, 1];
+        let unit = if table.blocks { of_blocks(unit) } else { unit };
+        let grid = [rows.div_ceil(cut.rows) * w.div_ceil(cut.cols), 1, 1];
         let args = args![y, pre, x, weights, bias, table.words()?, rows];
         self.launch("band_expand", &unit, "band_expand", grid, cut.threads(), cut.product_shared(), args);
         Ok(())
@@ -282,7 +314,7 @@ impl BandLinear for Cuda {
         if let Some(lists) = &table.hopper {
             return self.hopper_contract(&table.sides(lists, rows)?, [y, x, weights, bias]);
         }
-        let cut = self.band_cuts.contract;
+        let cut = table.contract;
         let unit = cut.unit(self.arithmetic, table.is_aligned(self.element()), "CONTRACT");
         let grid = [rows.div_ceil(cut.rows) * n.div_ceil(cut.cols), 1, 1];
         let args = args![y, x, weights, bias, table.words()?, table.contract_at, rows];
@@ -304,7 +336,7 @@ impl BandLinear for Cuda {
         const OP: &str = "band_outer";
         let (n, w, packed) = (table.narrow, table.wide, table.packed_len);
         let (wide, narrow) = (self.activation(wide, rows * w)?, self.activation(narrow, rows * n)?);
-        if let Some(lists) = &table.hopper {
+        if let Some(lists) = table.hopper_of_bands() {
             let bias = match bias {
                 BiasGrad::Wide(span) => grads.part(Element::F32, span)?,
                 BiasGrad::Narrow(span) => {
@@ -332,7 +364,11 @@ impl BandLinear for Cuda {
         self.launch(OP, &unit, "band_outer", grid, threads, shared, args);
         if count > 1 {
             let args = args![out, target, table.words()?, count, packed, write];
-            self.launch(OP, &unit, "band_outer_sum", [w, 1, 1], SUM_THREADS, 0, args);
+            let (unit, rows, threads) = match table.blocks {
+                true => (of_blocks(unit), table.panels * PANEL_ROWS, BLOCK_COLS),
+                false => (unit, w, SUM_THREADS),
+            };
+            self.launch(OP, &unit, "band_outer_sum", [rows, 1, 1], threads, 0, args);
         }
         Ok(())
     }
@@ -342,20 +378,33 @@ fn expand_unit(cut: Cut, arithmetic: Arithmetic, aligned: bool, epilogue: usize)
     cut.unit(arithmetic, aligned, "EXPAND").with(&[("EPILOGUE", epilogue.into())])
 }
 
+/// The same for blocks in a band's place.
+fn of_blocks(unit: Unit) -> Unit {
+    unit.with(&[("BLOCKS", true.into())])
+}
+
 /// Every instantiation.
 pub(super) fn units(arithmetic: Arithmetic, warpgroups: bool) -> Vec<(Unit, &'static str, usize, usize)> {
-    let Cuts { expand, contract, outer } = Cuts::of(arithmetic);
+    let Cuts { expand, contract, contract_blocks, outer } = Cuts::of(arithmetic);
     let mut units = if warpgroups && arithmetic == Arithmetic::Bf16 { band_hopper::units() } else { Vec::new() };
     for aligned in [true, false] {
         for epilogue in [1, 2] {
             let unit = expand_unit(expand, arithmetic, aligned, epilogue);
-            units.push((unit, "band_expand", expand.threads(), expand.product_shared()));
+            for unit in [unit.clone(), of_blocks(unit)] {
+                units.push((unit, "band_expand", expand.threads(), expand.product_shared()));
+            }
         }
-        let unit = contract.unit(arithmetic, aligned, "CONTRACT");
-        units.push((unit, "band_contract", contract.threads(), contract.product_shared()));
+        for cut in [contract, contract_blocks] {
+            let unit = cut.unit(arithmetic, aligned, "CONTRACT");
+            units.push((unit, "band_contract", cut.threads(), cut.product_shared()));
+        }
         for cut in outer {
             let unit = cut.unit(arithmetic, aligned, "OUTER");
             units.push((unit.clone(), "band_outer", cut.threads(), cut.outer_shared(Element::of(arithmetic))));
+            // Of blocks the tiles that they fill fetch the least.
+            if cut.cols == BLOCK_COLS {
+                units.push((of_blocks(unit.clone()), "band_outer_sum", BLOCK_COLS, 0));
+            }
             units.push((unit, "band_outer_sum", SUM_THREADS, 0));
         }
     }
@@ -366,32 +415,63 @@ pub(super) fn units(arithmetic: Arithmetic, warpgroups: bool) -> Vec<(Unit, &'st
 mod tests {
     use super::*;
 
+    fn lists(narrow: usize, wide: usize, kept: &str) -> (Band, Lists) {
+        let band = Band::of(kept.parse().unwrap(), narrow, wide, 1).unwrap();
+        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
+        (band, lists)
+    }
+
     #[test]
     fn every_panel_is_listed_for_each_tile_that_it_touches() {
-        let band = Band::new(300, 1200, 257).unwrap();
-        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
-        for (tile, start) in (0..300).step_by(128).enumerate() {
-            let (at, count) =
-                (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
-            let listed = &lists.words[at as usize..][..count as usize];
-            for (index, panel) in band.panels().iter().enumerate() {
-                let touches = (start..(start + 128).min(300)).any(|i| panel.row_range().any(|j| band.contains(j, i)));
-                assert!(!touches || listed.contains(&(index as u32)), "tile {tile}, panel {index}");
+        for (kept, cols) in [("257", 128), ("random:0.4", 64), ("strided:0.3", 64)] {
+            let (band, lists) = lists(300, 1200, kept);
+            assert_eq!(lists.contract.cols, cols);
+            for (tile, start) in (0..300).step_by(cols).enumerate() {
+                let (at, count) =
+                    (lists.words[lists.contract_at + 2 * tile], lists.words[lists.contract_at + 2 * tile + 1]);
+                let listed = &lists.words[at as usize..][..count as usize];
+                for (index, panel) in band.panels().iter().enumerate() {
+                    let kept = |i: usize| panel.row_range().any(|j| band.kept(panel, j).contains(&i));
+                    let touches = (start..(start + cols).min(300)).any(kept);
+                    assert!(
+                        !touches || listed.contains(&(index as u32)),
+                        "{} tile {tile}, panel {index}",
+                        band.title()
+                    );
+                }
             }
         }
     }
 
     #[test]
+    fn the_blocks_of_a_row_follow_its_first_one() {
+        let (band, lists) = lists(300, 1200, "random:0.4");
+        let (blocks, at) = (band.blocks().unwrap(), band.table().len());
+        let mut end = 0;
+        for row in 0..blocks.down() {
+            assert_eq!(lists.words[at + row], end);
+            end = lists.words[at + row + 1];
+            for block in lists.words[at + row]..end {
+                let panel = band.panels()[2 * block as usize];
+                assert!(panel.row_start == 128 * row && blocks.contains(row, panel.col_start / 64));
+            }
+        }
+        assert_eq!((end as usize, at + blocks.down() + 1), (blocks.count(), lists.contract_at));
+    }
+
+    #[test]
     fn the_outer_tiles_cover_every_window() {
-        let band = Band::new(512, 2048, 1024).unwrap();
-        let lists = Lists::new(&band, &Cuts::of(Arithmetic::Bf16));
-        assert_eq!(lists.outer.cols, 96);
-        for (index, panel) in band.panels().iter().enumerate() {
-            let tiles = lists.words[lists.outer_at..].chunks(2).filter(|tile| tile[0] as usize == index / 2);
-            let (first, last) = tiles.fold((usize::MAX, 0), |(first, last), tile| {
-                (first.min(tile[1] as usize), last.max(tile[1] as usize + lists.outer.cols))
-            });
-            assert!(first <= panel.col_start && last >= panel.col_start + panel.cols);
+        assert_eq!(["1024", "random:0.438"].map(|kept| lists(512, 2048, kept).1.outer.cols), [96, 64]);
+        assert_eq!(lists(512, 2048, "random:0.438").1.outer_tiles, 56);
+        for kept in ["1024", "random:0.438"] {
+            let (band, lists) = lists(512, 2048, kept);
+            for (index, panel) in band.panels().iter().enumerate() {
+                let tiles = lists.words[lists.outer_at..].chunks(2).filter(|tile| tile[0] as usize == index / 2);
+                let (first, last) = tiles.fold((usize::MAX, 0), |(first, last), tile| {
+                    (first.min(tile[1] as usize), last.max(tile[1] as usize + lists.outer.cols))
+                });
+                assert!(first <= panel.col_start && last >= panel.col_start + panel.cols);
+            }
         }
     }
 

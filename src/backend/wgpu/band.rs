@@ -8,6 +8,7 @@ use super::tuning::{Tile, Tuning};
 use super::{Wgpu, add_word};
 use crate::backend::{BandLinear, BiasGrad, Expansion, Write};
 use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
+use crate::blocks::{BLOCK_COLS, BLOCK_ROWS, Blocks};
 use crate::error::Result;
 use crate::shapes::Span;
 use std::ops::Range;
@@ -22,6 +23,8 @@ pub struct Table {
     expand: [List; 2],
     contract: [List; 2],
     outer: List,
+    /// Whether blocks stand in the band's place.
+    blocks: bool,
     /// Whether outer's tiles have all columns of the wide side, and of the narrow one: what none has they do not sum up.
     covers: [bool; 2],
 }
@@ -33,11 +36,14 @@ struct List {
     count: usize,
 }
 
-/// A tile of a product: its place, and the depths that the band joins to it, and to each slice of its columns.
+/// A tile of a product: its place, and the depths that the band joins to it, and to each slice of its columns; see the header of
+/// `shaders/band.wgsl`.
 struct Area {
     row: usize,
     col: usize,
     depth: Range<usize>,
+    /// Of outer, the first panel of its rows.
+    panel: Option<usize>,
     slices: Vec<Range<usize>>,
 }
 
@@ -48,8 +54,9 @@ impl List {
         let list = Self { at: words.len(), count: areas.len() };
         for mut area in areas {
             area.slices.resize(slices, 0..0);
-            let depths = [area.depth].into_iter().chain(area.slices).flat_map(|depth| [depth.start, depth.end]);
-            words.extend([area.row, area.col].into_iter().chain(depths).map(|word| word as u32));
+            let slices = area.slices.into_iter().flat_map(|depth| [depth.start, depth.end]);
+            let whole = [area.row, area.col, area.depth.start, area.depth.end].into_iter().chain(area.panel);
+            words.extend(whole.chain(slices).map(|word| word as u32));
         }
         list
     }
@@ -61,6 +68,7 @@ fn expand_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
         row: index * tile.bn,
         col: 0,
         depth: windows(panels),
+        panel: None,
         slices: panels.chunks(slice / PANEL_ROWS).map(windows).collect(),
     };
     band.panels().chunks(tile.bn / PANEL_ROWS).enumerate().map(area).collect()
@@ -75,7 +83,7 @@ fn contract_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
     let area = |col: usize| {
         let end = (col + tile.bn).min(band.narrow());
         let slices = (col..end).step_by(slice).map(|at| depth(at..at + slice)).collect();
-        Area { row: 0, col, depth: depth(col..end), slices }
+        Area { row: 0, col, depth: depth(col..end), panel: None, slices }
     };
     (0..band.narrow()).step_by(tile.bn).map(area).collect()
 }
@@ -83,19 +91,48 @@ fn contract_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
 /// Tiles of outer: what stands for their depth are the narrow columns that a tile sums up for a bias gradient; a slice has one
 /// where the window reaches it.
 fn outer_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
-    let areas = |(index, panels): (usize, &[Panel])| {
+    let areas = |(panel, panels): (usize, &[Panel])| {
         let window = windows(panels);
+        let row = panels[0].row_start;
         let area = move |col: usize| Area {
-            row: index * tile.bm,
+            row,
             col,
             depth: col..window.end.min(col + tile.bn),
+            panel: Some(panel),
             slices: (col..window.end.min(col + tile.bn)).step_by(slice).map(|_| 0..1).collect(),
         };
         window.clone().step_by(tile.bn).map(area)
     };
-    let mut areas: Vec<Area> = band.panels().chunks(tile.bm / PANEL_ROWS).enumerate().flat_map(areas).collect();
+    let of_a_tile = tile.bm / PANEL_ROWS;
+    let groups = band.panels().chunks(of_a_tile).enumerate().map(|(index, panels)| (index * of_a_tile, panels));
+    let mut areas: Vec<Area> = groups.flat_map(areas).collect();
+    // Tiles of the same rows follow each other. (Of blocks those of their upper halves take turns with those of their lower ones.)
+    areas.sort_by_key(|area| area.row);
     share_columns(&mut areas);
     areas
+}
+
+/// Tiles of expand where blocks stand in a band's place: the blocks of their rows, which follow each other.
+fn block_expand_areas(band: &Band, blocks: &Blocks, tile: Tile) -> Vec<Area> {
+    let area = |row: usize| {
+        let before = (0..row / BLOCK_ROWS).map(|row| blocks.row(row).count()).sum();
+        let depth = before..before + blocks.row(row / BLOCK_ROWS).count();
+        Area { row, col: 0, depth, panel: None, slices: Vec::new() }
+    };
+    (0..band.wide()).step_by(tile.bn).map(area).collect()
+}
+
+/// Tiles of contract where blocks stand in a band's place: where the blocks of their columns are listed, which `words` receive.
+fn block_contract_areas(band: &Band, blocks: &Blocks, tile: Tile, words: &mut Vec<u32>) -> Vec<Area> {
+    let kept = |row| blocks.row(row).map(move |col| (row, col));
+    let all: Vec<(usize, usize)> = (0..blocks.down()).flat_map(kept).collect();
+    let mut area = |start: usize| {
+        let touched = start / BLOCK_COLS..(start + tile.bn).div_ceil(BLOCK_COLS);
+        let from = words.len();
+        words.extend((0..).zip(&all).filter(|(_, (_, col))| touched.contains(col)).map(|(block, _)| block));
+        Area { row: 0, col: start, depth: from..words.len(), panel: None, slices: Vec::new() }
+    };
+    (0..band.narrow()).step_by(tile.bn).map(&mut area).collect()
 }
 
 /// Leaves each narrow column to one of the tiles that have it.
@@ -136,9 +173,14 @@ fn slice_of(tuning: &Tuning, entry: &str, tile: Tile) -> usize {
     tuning.slice_of(tile, if entry == EXPAND { PANEL_ROWS } else { 1 })
 }
 
-fn kernel(tuning: &Tuning, entry: &'static str, tile: Tile, [vec, whole]: Fit) -> Kernel {
-    let slice = slice_of(tuning, entry, tile) as u32;
-    let flags = [("slice", slice), ("vec", u32::from(vec)), ("whole", u32::from(whole))];
+/// Tiles of contract over blocks are no wider than these: of a wider one, each block would have a part.
+fn block_contract(tuning: &Tuning) -> [Tile; 2] {
+    let fits = |tile: &Tile| tile.bn > BLOCK_COLS && BLOCK_COLS.is_multiple_of(tile.tn);
+    tuning.contract.map(|tile| if fits(&tile) { Tile { bn: BLOCK_COLS, ..tile } } else { tile })
+}
+
+fn kernel(tuning: &Tuning, entry: &'static str, tile: Tile, slice: usize, [vec, whole]: Fit) -> Kernel {
+    let flags = [("slice", slice as u32), ("vec", u32::from(vec)), ("whole", u32::from(whole))];
     Kernel::new("band", entry, &tuning.variables(tile)).with(&flags)
 }
 
@@ -147,10 +189,16 @@ fn product_kernel(
     entry: &'static str,
     tile: Tile,
     fit: Fit,
+    blocks: bool,
     bias: bool,
     gelu: (&'static str, u32),
 ) -> Kernel {
-    kernel(tuning, entry, tile, fit).with(&[("bias", u32::from(bias)), gelu])
+    let epilogue = [("bias", u32::from(bias)), gelu];
+    match blocks {
+        false => kernel(tuning, entry, tile, slice_of(tuning, entry, tile), fit).with(&epilogue),
+        // A block touches all of a tile, or a depth of it.
+        true => kernel(tuning, entry, tile, tile.bn, fit).with(&epilogue).with(&[("blocks", 1)]),
+    }
 }
 
 /// Which operand's columns outer sums up on their way: the template's flag.
@@ -160,7 +208,8 @@ const SUM_WIDE: &str = "sum_wide";
 const SUM_NARROW: &str = "sum_narrow";
 
 fn outer_kernel(tuning: &Tuning, fit: Fit, even: bool, summed: Summed) -> Kernel {
-    let kernel = kernel(tuning, OUTER, tuning.outer, fit).with(&[("even", u32::from(even))]);
+    let tile = tuning.outer;
+    let kernel = kernel(tuning, OUTER, tile, slice_of(tuning, OUTER, tile), fit).with(&[("even", u32::from(even))]);
     match summed {
         Some(flag) => kernel.with(&[(flag, 1)]),
         None => kernel,
@@ -176,13 +225,18 @@ fn sums_columns(tuning: &Tuning) -> bool {
 pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
     let mut kernels = Vec::new();
     for fit in [[true, true], [true, false], [false, false]] {
-        for tile in tuning.expand {
-            kernels.push(product_kernel(tuning, EXPAND, tile, fit, true, ("gelu", 1)));
-            kernels.push(product_kernel(tuning, EXPAND, tile, fit, false, ("gelu_backward", 1)));
-        }
-        for tile in tuning.contract {
-            kernels.push(product_kernel(tuning, CONTRACT, tile, fit, true, ("gelu", 0)));
-            kernels.push(product_kernel(tuning, CONTRACT, tile, fit, false, ("gelu", 0)));
+        for (blocks, contract) in [(false, tuning.contract), (true, block_contract(tuning))] {
+            if blocks && fit == [true, false] {
+                continue;
+            }
+            for tile in tuning.expand {
+                kernels.push(product_kernel(tuning, EXPAND, tile, fit, blocks, true, ("gelu", 1)));
+                kernels.push(product_kernel(tuning, EXPAND, tile, fit, blocks, false, ("gelu_backward", 1)));
+            }
+            for tile in contract {
+                kernels.push(product_kernel(tuning, CONTRACT, tile, fit, blocks, true, ("gelu", 0)));
+                kernels.push(product_kernel(tuning, CONTRACT, tile, fit, blocks, false, ("gelu", 0)));
+            }
         }
         let summed = if sums_columns(tuning) { &[None, Some(SUM_WIDE), Some(SUM_NARROW)][..] } else { &[None] };
         for &summed in summed {
@@ -216,6 +270,13 @@ impl Table {
         sizes.into_iter().chain(dealt).chain([add_word(write) as usize]).map(|word| word as u32).collect()
     }
 
+    /// What expand or contract can do with so many rows of `x_cols` columns: windows are rounded to multiples of 16, ranges of wide
+    /// rows to multiples of a step. Of blocks there are no kernels for what fits in part: such sizes are rare.
+    fn product_fit(&self, rows: usize, x_cols: usize) -> Fit {
+        let [vec, whole] = self.fit(rows, x_cols.is_multiple_of(ALIGN));
+        [vec && (whole || !self.blocks), whole]
+    }
+
     /// What a kernel can do with so many rows if a depth, too, `fits` its steps.
     fn fit(&self, rows: usize, fits: bool) -> Fit {
         let by_fours = self.narrow.is_multiple_of(4) && self.wide.is_multiple_of(4);
@@ -241,9 +302,9 @@ impl Wgpu {
             ];
             binds.extend(product.bias.map(|bias| params.read(bias)));
             binds.extend(gelu.bind(part(y_cols)));
-            // Windows are rounded to multiples of 16, ranges of wide rows to multiples of a step.
-            let fit = table.fit(count, x_cols.is_multiple_of(ALIGN));
-            let kernel = product_kernel(&self.tuning, product.entry, tile, fit, product.bias.is_some(), gelu.flag());
+            let fit = table.product_fit(count, x_cols);
+            let (tuning, bias) = (&self.tuning, product.bias.is_some());
+            let kernel = product_kernel(tuning, product.entry, tile, fit, table.blocks, bias, gelu.flag());
             let row_tiles = count.div_ceil(tile.bm);
             let words = table.words(count, list, [row_tiles, 0, 0, 0, 0], Write::Set);
             self.dispatch(&kernel, &binds, &words, row_tiles * list.count, flops)?;
@@ -254,7 +315,6 @@ impl Wgpu {
 
 impl BandLinear for Wgpu {
     type Table = Table;
-    const BLOCKS: bool = false;
 
     fn band_table(&mut self, band: &Band) -> Result<Table> {
         let mut words = band.table();
@@ -263,10 +323,22 @@ impl BandLinear for Wgpu {
             let slice = slice_of(&tuning, entry, tile);
             List::new(&mut words, tile.bn / slice, areas(band, tile, slice))
         };
-        let expand = tuning.expand.map(|tile| list(EXPAND, tile, expand_areas));
-        let contract = tuning.contract.map(|tile| list(CONTRACT, tile, contract_areas));
         let covers = covered(band, tuning.outer, &outer_areas(band, tuning.outer, tuning.outer.bn));
         let outer = list(OUTER, tuning.outer, outer_areas);
+        let (expand, contract) = match band.blocks() {
+            None => (
+                tuning.expand.map(|tile| list(EXPAND, tile, expand_areas)),
+                tuning.contract.map(|tile| list(CONTRACT, tile, contract_areas)),
+            ),
+            Some(blocks) => {
+                let expand = tuning.expand.map(|tile| block_expand_areas(band, blocks, tile));
+                let contract = block_contract(&tuning).map(|tile| block_contract_areas(band, blocks, tile, &mut words));
+                (
+                    expand.map(|areas| List::new(&mut words, 1, areas)),
+                    contract.map(|areas| List::new(&mut words, 1, areas)),
+                )
+            }
+        };
         let buffer = self.create("band table", words.len())?;
         self.write_words(&buffer, 0, &words)?;
         Ok(Table {
@@ -278,6 +350,7 @@ impl BandLinear for Wgpu {
             expand,
             contract,
             outer,
+            blocks: band.blocks().is_some(),
             covers,
         })
     }
@@ -335,7 +408,7 @@ impl BandLinear for Wgpu {
             panels,
             bias,
             gelu: Gelu::None,
-            tiles: self.tuning.contract,
+            tiles: if table.blocks { block_contract(&self.tuning) } else { self.tuning.contract },
             lists: table.contract,
             rows,
         };
@@ -410,10 +483,26 @@ mod tests {
     use super::*;
     use crate::backend::wgpu::tuning::TUNINGS;
 
+    fn bands() -> Vec<Band> {
+        let sizes = [
+            (512, 2048, "1024"),
+            (50, 131, "33"),
+            (16, 64, "1"),
+            (272, 1088, "2176"),
+            (96, 384, "7"),
+            (512, 2048, "random:0.438"),
+            (131, 517, "random:0.4"),
+            (200, 808, "strided:0.3"),
+        ];
+        let band =
+            |(narrow, wide, kept): (usize, usize, &str)| Band::of(kept.parse().unwrap(), narrow, wide, 1).unwrap();
+        sizes.into_iter().map(band).collect()
+    }
+
     #[test]
     fn every_narrow_column_that_a_window_has_is_summed_up_by_one_tile_of_outer() {
-        for (narrow, wide, width) in [(512, 2048, 1024), (50, 131, 33), (16, 64, 1), (272, 1088, 2176), (96, 384, 7)] {
-            let band = Band::new(narrow, wide, width).unwrap();
+        for band in bands() {
+            let (narrow, wide, width) = (band.narrow(), band.wide(), band.title());
             for tile in TUNINGS.map(|tuning| tuning.outer) {
                 let areas = outer_areas(&band, tile, tile.bn);
                 assert!(areas.iter().all(|area| area.col <= area.depth.start && area.depth.end <= area.col + tile.bn));
@@ -423,6 +512,50 @@ mod tests {
                 let all = (0..narrow).all(|column| columns.binary_search(&column).is_ok());
                 let rows = (0..wide).all(|row| areas.iter().any(|area| (area.row..area.row + tile.bm).contains(&row)));
                 assert_eq!(covered(&band, tile, &areas), [rows, all], "{narrow} {wide} {width}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_panel_is_in_tiles_of_outer_and_rows_follow_each_other() {
+        for band in bands() {
+            for tile in TUNINGS.map(|tuning| tuning.outer) {
+                let areas = outer_areas(&band, tile, tile.bn);
+                assert!(areas.is_sorted_by_key(|area| area.row), "{}", band.title());
+                for (index, panel) in band.panels().iter().enumerate().filter(|(_, panel)| !panel.is_empty()) {
+                    let has = |area: &&Area| (0..tile.bm / PANEL_ROWS).any(|at| area.panel.unwrap() + at == index);
+                    let own: Vec<&Area> = areas.iter().filter(has).collect();
+                    assert!(own.iter().all(|area| (area.row..area.row + tile.bm).contains(&panel.row_start)));
+                    let all = |col: usize| own.iter().any(|area| (area.col..area.col + tile.bn).contains(&col));
+                    assert!((panel.col_start..panel.col_start + panel.cols).all(all), "{} {index}", band.title());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_block_is_in_the_tiles_of_its_rows_and_of_its_columns() {
+        for band in bands() {
+            let Some(blocks) = band.blocks() else { continue };
+            let upper: Vec<Panel> = band.panels().iter().copied().step_by(2).collect();
+            for tuning in TUNINGS {
+                for tile in tuning.expand {
+                    for area in block_expand_areas(&band, blocks, tile) {
+                        let rows = area.row / BLOCK_ROWS * BLOCK_ROWS;
+                        let own = |block: &usize| upper[*block].row_start == rows;
+                        assert!(area.depth.eq((0..upper.len()).filter(own)), "{} row {}", band.title(), area.row);
+                    }
+                }
+                for tile in block_contract(&tuning) {
+                    let mut words = Vec::new();
+                    for area in block_contract_areas(&band, blocks, tile, &mut words) {
+                        let touches = |panel: &Panel| {
+                            panel.col_start < area.col + tile.bn && panel.col_start + BLOCK_COLS > area.col
+                        };
+                        let own = (0..).zip(&upper).filter(|(_, panel)| touches(panel)).map(|(block, _)| block);
+                        assert!(own.eq(words[area.depth].iter().copied()), "{} column {}", band.title(), area.col);
+                    }
+                }
             }
         }
     }
