@@ -11,7 +11,7 @@
 // Shapes: as in `band.cu`. The maps describe activations to the copy engine, in boxes of 64 columns: of 256 rows for x, of 128 for y
 //   and pre, of 64 for wide and narrow. The table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow
 //   columns the panels that touch its left half alone, then the others that touch it; the tiles of the outer product as (group
-//   of 2 PANELS panels, first column, whether it is the group's first tile).
+//   of 2 PANELS panels, first column, whether it is the first tile of these rows). BLOCKS: as in `band.cu`, for expand.
 // Dtypes: bf16 operands and results, float bias, dP and dbias, sums in float.
 // Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile. Of the outer product, tiles that would
 //   leave most blocks idle in a last round are cut along the batch's rows into pieces. Two warpgroups multiply: of expand and
@@ -60,18 +60,38 @@ __device__ __forceinline__ Panel panel_at(const u32* table, int index) {
     return Panel{(int)words[0], (int)words[1], (int)words[2], (int)words[3], (int)words[4]};
 }
 
-// Two neighbouring panels and the columns that any of them touches.
-struct Pair {
-    Panel upper, lower;
-    int first, end;
+#if defined(EXPAND)
 
-    __device__ __forceinline__ Pair(const u32* table, int index) {
-        upper = panel_at(table, 2 * index);
-        lower = panel_at(table, 2 * index + 1);
+// The rows of two neighbouring panels, and the columns of x that they are multiplied with, a stage at a time: those that any of
+// them touches, or those of their blocks.
+struct Strip {
+    const u32* table;
+    Panel upper, lower;
+    int first, steps;
+
+    __device__ __forceinline__ Strip(const u32* table, int index) : table(table) {
+#if BLOCKS
+        const u32* blocks = table + table[7] + 2 * table[4] + index;
+        first = blocks[0], steps = blocks[1] - blocks[0];
+#else
+        upper = panel_at(table, 2 * index), lower = panel_at(table, 2 * index + 1);
         first = upper.cols == 0 ? lower.col : lower.cols == 0 ? upper.col : min(upper.col, lower.col);
-        end = max(upper.end(), lower.end());
+        steps = ceil_div(max(upper.end(), lower.end()) - first, DEPTH);
+#endif
+    }
+
+    // Goes to a stage; its first column.
+    __device__ __forceinline__ int go(int step) {
+#if BLOCKS
+        upper = panel_at(table, 2 * (first + step)), lower = panel_at(table, 2 * (first + step) + 1);
+        return upper.col;
+#else
+        return first + step * DEPTH;
+#endif
     }
 };
+
+#endif
 
 // Where the next stage lies, and in which phase of its barriers.
 struct Place {
@@ -261,11 +281,11 @@ struct BoxPlace {
     }
 };
 
-// Tiles of results: for each tile of rows all pairs of panels.
+// Tiles of results: for each tile of rows all pairs of panels' rows.
 struct Tiles {
     int pairs, count;
 
-    __device__ __forceinline__ Tiles(const u32* table, int rows) : pairs(ceil_div(table[2], 2)) {
+    __device__ __forceinline__ Tiles(const u32* table, int rows) : pairs(ceil_div(table[1], 2 * PANEL_ROWS)) {
         count = pairs * ceil_div(rows, BLOCK_ROWS);
     }
 
@@ -282,8 +302,9 @@ __device__ __forceinline__ void fetch_all(const Ring& ring, const Tiles& tiles, 
                                           const u32* table) {
     Place place{0, 0};
     for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        Pair pair(table, tile % tiles.pairs);
-        for (int col = pair.first; col < pair.end; col += DEPTH) {
+        Strip strip(table, tile % tiles.pairs);
+        for (int step = 0; step < strip.steps; step++) {
+            int col = strip.go(step);
             barrier_wait(ring.read(place.slot), place.phase ^ 1);
             char* stage = ring.stage(place.slot);
             if (threadIdx.x == CONSUMERS) {
@@ -291,8 +312,8 @@ __device__ __forceinline__ void fetch_all(const Ring& ring, const Tiles& tiles, 
                 tensor_load(stage, x_map, col, tiles.row(tile), ring.full(place.slot));
             }
             Tile<BLOCK_COLS> weights_tile{stage + X_BYTES};
-            fetch_panel<DEPTH>(weights_tile, 0, weights, pair.upper, col);
-            fetch_panel<DEPTH>(weights_tile, PANEL_ROWS, weights, pair.lower, col);
+            fetch_panel<DEPTH>(weights_tile, 0, weights, strip.upper, col);
+            fetch_panel<DEPTH>(weights_tile, PANEL_ROWS, weights, strip.lower, col);
             copy_async_arrive(ring.full(place.slot));
             place.advance();
         }
@@ -383,9 +404,9 @@ __device__ __forceinline__ void multiply_all(const Ring& ring, const Outbox& out
     BoxPlace box{0, 0};
     int first_row = threadIdx.x / 128 * 128, wide = table[1];
     for (int tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-        Pair pair(table, tile % tiles.pairs);
+        int steps = Strip(table, tile % tiles.pairs).steps;
         results.clear();
-        consume<0>(ring, place, ceil_div(pair.end - pair.first, DEPTH), [&](char* stage) {
+        consume<0>(ring, place, steps, [&](char* stage) {
             Along<BLOCK_COLS> right{Tile<BLOCK_COLS>{stage + X_BYTES}, 0};
 #pragma unroll
             for (int k = 0; k < DEPTH; k += KSTEP) {
@@ -629,12 +650,12 @@ struct Item {
 };
 
 struct OuterTile {
-    int panel, col;
-    bool adds;  // whether it is the one of its group that sums the wide values
+    int panel, row, col;
+    bool adds;  // whether it is the one of its rows that sums the wide values
 
     __device__ __forceinline__ OuterTile(const Work& work, int tile) {
         const u32* words = work.table + work.tiles_at + 3 * tile;
-        panel = (int)words[0] * WIDE_BOXES, col = (int)words[1], adds = words[2];
+        panel = (int)words[0] * WIDE_BOXES, row = panel_at(work.table, panel).row, col = (int)words[1], adds = words[2];
     }
 };
 
@@ -681,7 +702,7 @@ __device__ __forceinline__ void fetch_all(const Work& work, const Ring& ring, co
             barrier_expect(full, STAGE_BYTES);
 #pragma unroll
             for (int box = 0; box < WIDE_BOXES; box++) {
-                tensor_load(stage + box * BOX_BYTES, wide_map, (tile.panel + box) * PANEL_ROWS, step * DEPTH, full);
+                tensor_load(stage + box * BOX_BYTES, wide_map, tile.row + box * PANEL_ROWS, step * DEPTH, full);
             }
 #pragma unroll
             for (int box = 0; box < NARROW_BOXES; box++) {
@@ -702,7 +723,7 @@ __device__ __forceinline__ void write_sums(const Work& work, const Item& item, c
     for (int i = 0; i < PANELS; i++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            int row = first + PANEL_ROWS * i + 8 * half, j = tile.panel * PANEL_ROWS + row;
+            int row = first + PANEL_ROWS * i + 8 * half, j = tile.row + row;
             float sum = sums[i][0][2 * half];
             if (!item.whole) {
                 piece[row] = sum;
@@ -786,7 +807,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS)
     band_outer_sum(float* out, float* bias, float* pieces, const u32* table, int tiles_at, int tiles, int whole, int parts, int add) {
     Work work{table, tiles_at, tiles, whole, parts, 0, add, out, bias, pieces};
     OuterTile tile(work, whole + blockIdx.x);
-    int group = blockIdx.y * SUM_GROUPS, i = blockIdx.z, column = tile.panel * PANEL_ROWS + threadIdx.x;
+    int group = blockIdx.y * SUM_GROUPS, i = blockIdx.z, column = tile.row + threadIdx.x;
     bool adds = bias != nullptr && tile.adds && group == 0 && i == 0 && threadIdx.x < WIDE_ROWS && column < (int)table[1];
     float acc[SUM_GROUPS][4] = {};
     float sum = 0.0f;

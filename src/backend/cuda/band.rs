@@ -227,12 +227,6 @@ impl Table {
         self.words.f32s(self.words.len())
     }
 
-    /// Hopper's lists for expand and outer, whose kernels there are for bands: a window without gaps, and far more columns for a
-    /// tile of outer than a block has. Contract visits any panels.
-    fn hopper_of_bands(&self) -> Option<&band_hopper::Lists> {
-        self.hopper.as_ref().filter(|_| !self.blocks)
-    }
-
     fn sides<'a>(&self, lists: &'a band_hopper::Lists, rows: usize) -> Result<Sides<'a>> {
         Ok(Sides { lists, words: self.words()?, narrow: self.narrow, wide: self.wide, rows })
     }
@@ -285,7 +279,7 @@ impl BandLinear for Cuda {
         };
         let (y, x) = (self.activation(y, rows * w)?, self.activation(x, rows * n)?);
         let weights = self.operand(params, panels)?;
-        if let Some(lists) = table.hopper_of_bands() {
+        if let Some(lists) = &table.hopper {
             return self.hopper_expand(&table.sides(lists, rows)?, epilogue, [y, pre, x, weights, bias]);
         }
         let cut = self.band_cuts.expand;
@@ -336,7 +330,7 @@ impl BandLinear for Cuda {
         const OP: &str = "band_outer";
         let (n, w, packed) = (table.narrow, table.wide, table.packed_len);
         let (wide, narrow) = (self.activation(wide, rows * w)?, self.activation(narrow, rows * n)?);
-        if let Some(lists) = table.hopper_of_bands() {
+        if let Some(lists) = &table.hopper {
             let bias = match bias {
                 BiasGrad::Wide(span) => grads.part(Element::F32, span)?,
                 BiasGrad::Narrow(span) => {

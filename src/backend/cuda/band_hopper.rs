@@ -6,6 +6,7 @@ use super::driver::TensorMap;
 use super::{Cuda, args, unit};
 use crate::backend::{Arithmetic, Write};
 use crate::band::{Band, PANEL_ROWS, Panel};
+use crate::blocks::BLOCK_COLS;
 use crate::error::Result;
 
 /// Rows and columns of a tile of results of expand and contract.
@@ -28,6 +29,8 @@ const OUTER_FILLERS: usize = 128;
 /// How the outer product may be cut. Of a band's and a batch's size depends which cut fetches least and keeps all busy.
 const OUTER_CUTS: [OuterCut; 4] =
     [OuterCut::new(1, 96, 6), OuterCut::new(2, 128, 4), OuterCut::new(2, 160, 4), OuterCut::new(2, 192, 4)];
+/// How that of blocks is cut: a tile for each.
+const OUTER_OF_BLOCKS: OuterCut = OuterCut::new(1, BLOCK_COLS, 8);
 /// Groups of 8 columns that a block adds up the pieces of.
 const SUM_GROUPS: usize = 4;
 /// Bytes of the eight columns of ones that sum the wide values.
@@ -69,8 +72,8 @@ impl OuterCut {
         self.rows() * self.cols + self.rows()
     }
 
-    /// Groups of panels, first columns, and whether a tile is its group's first: that one sums the wide values. Each group has a
-    /// tile, even if it has no connection.
+    /// Groups of panels, first columns, and whether a tile is the first of its rows: that one sums the wide values. Each group
+    /// has a tile, even if it has no connection.
     fn tiles(self, band: &Band) -> Vec<[u32; 3]> {
         let groups = band.panels().chunks(self.group()).enumerate();
         groups
@@ -78,8 +81,9 @@ impl OuterCut {
                 let touched = panels.iter().filter(|panel| !panel.is_empty());
                 let first = touched.clone().map(|panel| panel.col_start).min().unwrap_or(0);
                 let end = touched.map(|panel| panel.col_start + panel.cols).max().unwrap_or(0);
+                let is_first = group == 0 || band.panels()[group * self.group() - 1].row_start < panels[0].row_start;
                 let cols = (first..end.max(first + 1)).step_by(self.cols);
-                cols.map(move |col| [group as u32, col as u32, u32::from(col == first)])
+                cols.map(move |col| [group as u32, col as u32, u32::from(is_first && col == first)])
             })
             .collect()
     }
@@ -111,11 +115,13 @@ struct Deal {
 
 /// Lists for these kernels, behind a band's other words: for each tile of narrow columns where its panels are listed, how
 /// many of them touch its left half alone and come first, and how many there are; for each cut the tiles of the outer product.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Lists {
     contract_at: usize,
-    /// Where the tiles of each cut are, and how many.
-    outer: [(usize, usize); OUTER_CUTS.len()],
+    /// Each cut, where its tiles are, and how many.
+    outer: Vec<(OuterCut, usize, usize)>,
+    /// Whether blocks stand in the band's place.
+    blocks: bool,
 }
 
 impl Lists {
@@ -130,18 +136,20 @@ impl Lists {
             at += left.len() + rest.len();
         }
         words.extend(lists.iter().flatten().flatten());
-        let outer = OUTER_CUTS.map(|cut| {
+        let blocks = band.blocks().is_some();
+        let cuts = if blocks { &[OUTER_OF_BLOCKS][..] } else { &OUTER_CUTS };
+        let listed = |&cut: &OuterCut| {
             let (at, tiles) = (words.len(), cut.tiles(band));
             words.extend(tiles.iter().flatten());
-            (at, tiles.len())
-        });
-        Self { contract_at, outer }
+            (cut, at, tiles.len())
+        };
+        let outer = cuts.iter().map(listed).collect();
+        Self { contract_at, outer, blocks }
     }
 
     /// The cut that is fastest for so many rows: it, where its tiles are, and how they are dealt out.
     fn outer(&self, rows: usize, blocks: usize) -> (OuterCut, usize, Deal) {
-        let cuts = OUTER_CUTS.iter().zip(self.outer);
-        let dealt = cuts.map(|(&cut, (at, tiles))| (cut, at, cut.deal(tiles, rows, blocks)));
+        let dealt = self.outer.iter().map(|&(cut, at, tiles)| (cut, at, cut.deal(tiles, rows, blocks)));
         let fastest = dealt.min_by(|(.., (_, a)), (.., (_, b))| a.total_cmp(b));
         let (cut, at, (deal, _)) = fastest.expect("there are cuts");
         (cut, at, deal)
@@ -197,8 +205,8 @@ fn contract_unit() -> Unit {
     product_unit("CONTRACT", CONTRACT_STAGES)
 }
 
-fn expand_unit(epilogue: usize) -> Unit {
-    product_unit("EXPAND", EXPAND_STAGES).with(&[("EPILOGUE", epilogue.into())])
+fn expand_unit(epilogue: usize, blocks: bool) -> Unit {
+    product_unit("EXPAND", EXPAND_STAGES).with(&[("EPILOGUE", epilogue.into()), ("BLOCKS", blocks.into())])
 }
 
 fn outer_unit(cut: OuterCut) -> Unit {
@@ -242,7 +250,7 @@ impl Cuda {
         let result = |address| self.map(address, sides.rows, sides.wide, RESULT_ROWS);
         let maps = vec![self.map(x, sides.rows, sides.narrow, ROWS)?, result(y)?, result(pre)?];
         let args = args![weights, bias, sides.words, sides.rows];
-        let (unit, threads) = (expand_unit(epilogue), CONSUMERS + EXPAND_FILLERS + STORERS);
+        let (unit, threads) = (expand_unit(epilogue, sides.lists.blocks), CONSUMERS + EXPAND_FILLERS + STORERS);
         self.launch_with_maps(OP, &unit, OP, grid, threads, expand_shared(), maps, args);
         Ok(())
     }
@@ -292,15 +300,17 @@ impl Cuda {
 /// The most memory that the pieces of an outer product take, whatever the band: there are no more of them than blocks.
 pub(super) fn most_piece_bytes(multiprocessors: usize) -> usize {
     let most = |cut: &OuterCut| 4 * multiprocessors * cut.piece();
-    OUTER_CUTS.iter().map(most).max().unwrap_or(0)
+    OUTER_CUTS.iter().chain([&OUTER_OF_BLOCKS]).map(most).max().unwrap_or(0)
 }
 
 /// Every instantiation.
 pub(super) fn units() -> Vec<(Unit, &'static str, usize, usize)> {
     let expand_threads = CONSUMERS + EXPAND_FILLERS + STORERS;
     let mut units = vec![(contract_unit(), "band_contract", CONSUMERS + CONTRACT_FILLERS, contract_shared())];
-    units.extend([1, 2].map(|epilogue| (expand_unit(epilogue), "band_expand", expand_threads, expand_shared())));
-    for cut in OUTER_CUTS {
+    for (epilogue, blocks) in [(1, false), (1, true), (2, false), (2, true)] {
+        units.push((expand_unit(epilogue, blocks), "band_expand", expand_threads, expand_shared()));
+    }
+    for cut in OUTER_CUTS.into_iter().chain([OUTER_OF_BLOCKS]) {
         units.push((outer_unit(cut), "band_outer", CONSUMERS + OUTER_FILLERS, outer_shared(cut)));
         units.push((outer_unit(cut), "band_outer_sum", CONSUMERS, 0));
     }
@@ -363,6 +373,11 @@ mod tests {
             let band = Band::new(narrow, 4 * narrow, bandwidth).unwrap();
             Lists::new(&band, &mut Vec::new()).outer(8192, 132).0.cols
         };
+        let of_blocks = Band::of("random:0.4".parse().unwrap(), 300, 1200, 1).unwrap();
+        let blocks = of_blocks.blocks().unwrap();
+        let tiles = OUTER_OF_BLOCKS.tiles(&of_blocks);
+        assert_eq!(tiles.len(), blocks.count());
+        assert_eq!(tiles.iter().filter(|tile| tile[2] == 1).count(), blocks.down());
         // As measured on an H100: 29 us, 68 us (the next best 75), 132 us (146), 104 us (122).
         assert_eq!([cut(512, 1024), cut(1024, 2048), cut(1600, 3200), cut(1600, 1600)], [96, 192, 160, 128]);
     }
