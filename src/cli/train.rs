@@ -86,6 +86,8 @@ pub(super) struct Trained {
     pub step_tokens: u64,
     /// Bytes of device memory that it was estimated to take.
     pub memory_bytes: usize,
+    /// The learned blocks in the end, by tensor.
+    pub blocks: BTreeMap<String, String>,
 }
 
 /// Trains on `backend` as the options say.
@@ -377,7 +379,8 @@ impl TrainConfig {
             self.outputs.advice().iter().try_for_each(|line| reporter.note(line))?;
         }
         let step_tokens = (plan.batch_size * plan.seq_len * plan.grad_accum) as u64;
-        Ok(Trained { steps: plan.steps, step_tokens, memory_bytes: estimate.total() })
+        let blocks = learned_blocks(&config, model.table());
+        Ok(Trained { steps: plan.steps, step_tokens, memory_bytes: estimate.total(), blocks })
     }
 }
 
@@ -424,8 +427,7 @@ fn describe(
     ))?;
     if let Some(LearnRule { every, fraction, until }) = plan.learn {
         reporter.note(&format!(
-            "learned blocks: exchanged every {every} steps before step {until}, at first {:.4} of them",
-            fraction
+            "learned blocks: exchanged every {every} steps before step {until}, at first {fraction:.4} of them"
         ))?;
     }
     reporter.note(&format!("device: {device}"))
