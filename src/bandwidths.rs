@@ -40,6 +40,11 @@ pub enum Connections {
 impl Connections {
     /// All of them.
     pub const DENSE: Connections = Connections::Band(0);
+
+    /// Whether a training exchanges them for others.
+    pub fn is_learned(self) -> bool {
+        matches!(self, Connections::Pattern(pattern) if pattern.is_learned())
+    }
 }
 
 impl fmt::Display for Connections {
@@ -127,6 +132,11 @@ impl Bandwidths {
     /// How many blocks of a model of `blocks` blocks have a pattern.
     pub fn patterns(self, blocks: usize) -> usize {
         (0..blocks).filter(|&block| matches!(self.of(block, blocks), Connections::Pattern(_))).count()
+    }
+
+    /// Whether any block has a pattern that is learned.
+    pub fn has_learned(self) -> bool {
+        (0..MOST_LISTED).any(|block| self.of(block, MOST_LISTED).is_learned())
     }
 
     /// What they are called where it says what a layer keeps: `bandwidth 1024`, `pattern random:0.438`.
@@ -290,6 +300,8 @@ mod tests {
         assert!(!all.is_dense() && !list.is_dense());
         assert_eq!([all.title(), list.title()], ["pattern random:0.25:3", "patterns 64,strided:0.5,0"]);
         assert_eq!(Bandwidths::Ramp(5, 6).title(), "bandwidth 5..6");
+        let learned: Bandwidths = "64,learned:0.5:band".parse().unwrap();
+        assert!(learned.has_learned() && !list.has_learned() && !all.has_learned() && !Bandwidths::DENSE.has_learned());
     }
 
     #[test]

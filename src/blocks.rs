@@ -31,7 +31,8 @@ impl Blocks {
         Self { down, across, kept: vec![false; down * across] }
     }
 
-    /// The blocks that a pattern keeps of a layer of N x W elements; `stream` tells apart the layers that share a seed.
+    /// The blocks that a pattern keeps of a layer of N x W elements, of a learned one those that it starts from; `stream` tells
+    /// apart the layers that share a seed.
     ///
     /// The pattern's density is that of blocks: the nearest whole number of them, but at least one in each block row and
     /// each block column. (The share of the connections is the same where both axes divide into blocks.)
@@ -40,8 +41,11 @@ impl Blocks {
         let longer = blocks.down.max(blocks.across);
         let count = pattern.density().of(blocks.kept.len()).max(longer);
         match pattern {
-            BlockPattern::Random { seed, .. } => blocks.scatter(count, seed, stream),
+            BlockPattern::Random { seed, .. } | BlockPattern::Learned { start: Start::Random(seed), .. } => {
+                blocks.scatter(count, seed, stream)
+            }
             BlockPattern::Strided { .. } => blocks.stride(count),
+            BlockPattern::Learned { start: Start::Band, .. } => blocks.band(count),
         }
         blocks
     }
@@ -75,6 +79,20 @@ impl Blocks {
         }
     }
 
+    /// Keeps `count` blocks in a diagonal band without gaps: at each place of the longer axis those around the diagonal. Near the
+    /// ends the window moves inwards, so that it has as many blocks as elsewhere.
+    fn band(&mut self, count: usize) {
+        let (longer, shorter) = (self.down.max(self.across), self.down.min(self.across));
+        for at in 0..longer {
+            let taps = (at + 1) * count / longer - at * count / longer;
+            // The middle of the place, in blocks of the shorter axis, lies in the middle of the window.
+            let first = ((2 * at + 1) * shorter).saturating_sub((taps - 1) * longer) / (2 * longer);
+            for other in (0..taps).map(|tap| first.min(shorter - taps) + tap) {
+                if self.down >= self.across { self.keep(at, other) } else { self.keep(other, at) }
+            }
+        }
+    }
+
     /// Keeps a block.
     ///
     /// # Panics
@@ -89,9 +107,24 @@ impl Blocks {
         row < self.down && col < self.across && self.kept[row * self.across + col]
     }
 
+    /// For each block whether it is kept, by rows.
+    pub fn flags(&self) -> &[bool] {
+        &self.kept
+    }
+
+    /// The same, to keep others.
+    pub fn flags_mut(&mut self) -> &mut [bool] {
+        &mut self.kept
+    }
+
     /// Blocks that are kept.
     pub fn count(&self) -> usize {
         self.kept.iter().filter(|kept| **kept).count()
+    }
+
+    /// Blocks that are kept here and not among `others`, of the same layer.
+    pub fn count_beside(&self, others: &Blocks) -> usize {
+        self.kept.iter().zip(&others.kept).filter(|(kept, other)| **kept && !**other).count()
     }
 
     /// Block rows: blocks along the wide axis.
@@ -155,7 +188,8 @@ fn shuffled(indices: impl Iterator<Item = usize>, rng: &mut ChaCha8Rng) -> Vec<u
     indices
 }
 
-/// A set of blocks by its rule: in text and in files `random:0.438`, `random:0.438:7` with a seed, or `strided:0.438`.
+/// A set of blocks by its rule: in text and in files `random:0.438`, `random:0.438:7` with a seed, `strided:0.438`, or
+/// `learned:0.438`, `learned:0.438:7`, `learned:0.438:band` with what they start from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum BlockPattern {
     /// Blocks by lot, other ones in every layer.
@@ -170,18 +204,41 @@ pub enum BlockPattern {
         /// Their share of all blocks.
         density: Density,
     },
+    /// Blocks that a training exchanges for others, as many of them at all times ([`crate::learn`]).
+    Learned {
+        /// Their share of all blocks.
+        density: Density,
+        /// Which ones they are at first.
+        start: Start,
+    },
+}
+
+/// What learned blocks start from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Start {
+    /// The random blocks of this seed ([`BlockPattern::Random`]).
+    Random(u32),
+    /// A diagonal band of blocks without gaps.
+    Band,
 }
 
 impl BlockPattern {
     /// Whether a text means a pattern, a wrong one perhaps, and not a bandwidth.
     pub fn is_meant_by(text: &str) -> bool {
-        text.contains(':') || matches!(text.trim(), "random" | "strided")
+        text.contains(':') || matches!(text.trim(), "random" | "strided" | "learned")
+    }
+
+    /// Whether a training exchanges its blocks for others.
+    pub fn is_learned(self) -> bool {
+        matches!(self, BlockPattern::Learned { .. })
     }
 
     /// The share of all blocks that it keeps.
     pub fn density(self) -> Density {
         match self {
-            BlockPattern::Random { density, .. } | BlockPattern::Strided { density } => density,
+            BlockPattern::Random { density, .. }
+            | BlockPattern::Strided { density }
+            | BlockPattern::Learned { density, .. } => density,
         }
     }
 }
@@ -192,6 +249,9 @@ impl fmt::Display for BlockPattern {
             BlockPattern::Random { density, seed: 0 } => write!(f, "random:{density}"),
             BlockPattern::Random { density, seed } => write!(f, "random:{density}:{seed}"),
             BlockPattern::Strided { density } => write!(f, "strided:{density}"),
+            BlockPattern::Learned { density, start: Start::Random(0) } => write!(f, "learned:{density}"),
+            BlockPattern::Learned { density, start: Start::Random(seed) } => write!(f, "learned:{density}:{seed}"),
+            BlockPattern::Learned { density, start: Start::Band } => write!(f, "learned:{density}:band"),
         }
     }
 }
@@ -201,19 +261,24 @@ impl FromStr for BlockPattern {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut parts = text.trim().splitn(3, ':');
-        let (name, density, seed) = (parts.next().unwrap_or(""), parts.next(), parts.next());
-        if !matches!(name, "random" | "strided") {
+        let (name, density, last) = (parts.next().unwrap_or(""), parts.next(), parts.next());
+        if !matches!(name, "random" | "strided" | "learned") {
             let name = quoted(name);
-            return Err(format!("there is no pattern {name}; choose random or strided, as in random:0.438"));
+            return Err(format!("there is no pattern {name}; choose random, strided or learned, as in random:0.438"));
         }
         let density = density.ok_or_else(|| format!("{name} lacks its density, as in {name}:0.438"))?.parse()?;
-        match (name, seed) {
-            ("random", None) => Ok(BlockPattern::Random { density, seed: 0 }),
-            ("random", Some(seed)) => {
-                let seed = seed.parse().map_err(|_| {
-                    format!("the seed of a random pattern must be a whole number from 0 to {}", u32::MAX)
-                })?;
-                Ok(BlockPattern::Random { density, seed })
+        let seed = |also: &str| match last {
+            None => Ok(0),
+            Some(seed) => seed.parse().map_err(|_| {
+                format!("the seed of a {name} pattern must be a whole number from 0 to {}{also}", u32::MAX)
+            }),
+        };
+        match (name, last) {
+            ("random", _) => Ok(BlockPattern::Random { density, seed: seed("")? }),
+            ("learned", Some("band")) => Ok(BlockPattern::Learned { density, start: Start::Band }),
+            ("learned", _) => {
+                let start = Start::Random(seed(", or band in its place for a diagonal start")?);
+                Ok(BlockPattern::Learned { density, start })
             }
             (_, None) => Ok(BlockPattern::Strided { density }),
             (_, Some(_)) => Err("a strided pattern has no seed; write it as in strided:0.438".to_string()),
@@ -269,6 +334,11 @@ mod tests {
         Blocks::of(text.parse().unwrap(), narrow, wide, stream)
     }
 
+    fn all(density: Density, seed: u32) -> [BlockPattern; 4] {
+        let learned = [Start::Random(seed), Start::Band].map(|start| BlockPattern::Learned { density, start });
+        [BlockPattern::Random { density, seed }, BlockPattern::Strided { density }, learned[0], learned[1]]
+    }
+
     #[test]
     fn a_seed_means_these_blocks_for_ever() {
         let found = blocks("random:0.4:7", 256, 1024, 3).to_text();
@@ -288,6 +358,17 @@ mod tests {
     }
 
     #[test]
+    fn learned_blocks_start_from_random_ones_or_from_a_band() {
+        let learned = blocks("learned:0.4:7", 256, 1024, 3);
+        assert_eq!(learned, blocks("random:0.4:7", 256, 1024, 3));
+        let band = |density: &str, narrow, wide| blocks(&format!("learned:{density}:band"), narrow, wide, 3).to_text();
+        assert_eq!(band("0.5", 256, 1024), "1100 1100 1100 0110 0110 0011 0011 0011");
+        assert_eq!(band("0.25", 256, 512), "1000 0100 0010 0001");
+        // Half a diagonal more.
+        assert_eq!(band("0.375", 256, 512), "1000 0110 0010 0011");
+    }
+
+    #[test]
     fn small_layers_are_one_block() {
         let whole = blocks("random:0.1", 30, 120, 0);
         assert_eq!((whole.down(), whole.across(), whole.count()), (1, 1, 1));
@@ -296,7 +377,7 @@ mod tests {
     #[test]
     fn what_makes_no_pattern_is_told() {
         for (text, words) in [
-            ("chess:0.5", "there is no pattern 'chess'; choose random or strided"),
+            ("chess:0.5", "there is no pattern 'chess'; choose random, strided or learned"),
             ("random", "random lacks its density, as in random:0.438"),
             ("random:", "the density '' must lie between 0 and 1"),
             ("random:0", "must lie between 0 and 1"),
@@ -307,6 +388,9 @@ mod tests {
             ("random:0.5:x", "the seed of a random pattern must be a whole number from 0"),
             ("random:0.5:1:2", "the seed of a random pattern"),
             ("strided:0.5:1", "a strided pattern has no seed"),
+            ("learned", "learned lacks its density, as in learned:0.438"),
+            ("learned:0.5:bands", "the seed of a learned pattern must be a whole number from 0"),
+            ("learned:0.5:bands", "or band in its place"),
         ] {
             let what = text.parse::<BlockPattern>().unwrap_err();
             assert!(what.contains(words), "{text}: {what}");
@@ -319,7 +403,7 @@ mod tests {
             narrow in 1usize..1000, extra in 0usize..4000, millionths in 1u32..1_000_000, seed: u32, stream in 0u64..100,
         ) {
             let (wide, density) = (narrow + extra, Density(millionths));
-            for pattern in [BlockPattern::Random { density, seed }, BlockPattern::Strided { density }] {
+            for pattern in all(density, seed) {
                 let blocks = Blocks::of(pattern, narrow, wide, stream);
                 let all = blocks.down() * blocks.across();
                 let asked = all as f64 * f64::from(millionths) / 1e6;
@@ -347,7 +431,7 @@ mod tests {
         #[test]
         fn patterns_come_back_from_their_text(millionths in 1u32..1_000_000, seed: u32) {
             let density = Density(millionths);
-            for pattern in [BlockPattern::Random { density, seed }, BlockPattern::Strided { density }] {
+            for pattern in all(density, seed) {
                 prop_assert_eq!(pattern.to_string().parse(), Ok(pattern));
             }
         }

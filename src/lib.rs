@@ -43,6 +43,7 @@ pub mod every;
 pub mod generate;
 pub mod hellaswag;
 pub mod interrupt;
+pub mod learn;
 pub mod memory;
 pub mod model;
 pub mod optim;
@@ -55,6 +56,7 @@ pub mod sweep;
 pub mod tolerance;
 pub mod train;
 pub mod weights;
+pub mod whole;
 
 pub use error::{Error, Result};
 

@@ -5,6 +5,7 @@ use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::output;
 use crate::shapes::{Act, Param, ParamTable};
+use crate::whole::Layout;
 
 /// One line of the estimate.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,7 +21,7 @@ pub struct MemoryRow {
 /// Memory of a training step, buffer by buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Weights, gradients and moments.
+    /// Weights, gradients and moments; of learned layers also whole gradients.
     pub parameters: Vec<MemoryRow>,
     /// What a batch takes.
     pub activations: Vec<MemoryRow>,
@@ -61,11 +62,15 @@ impl MemoryEstimate {
             copies,
             bytes: copies * len * backend.element_bytes(role),
         };
-        let parameters = vec![
+        let mut parameters = vec![
             row("parameters", Role::Parameters, 1, table.len()),
             row("gradients", Role::Gradients, 1, table.len()),
             row("moments", Role::Moments, 2, table.len()),
         ];
+        let whole = Layout::new(config);
+        if !whole.is_empty() {
+            parameters.push(row("whole gradients", Role::Gradients, 1, whole.len()));
+        }
         let mut activations: Vec<_> = Act::FORWARD
             .into_iter()
             .chain(Act::BACKWARD)

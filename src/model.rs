@@ -11,6 +11,7 @@ use crate::config::GptConfig;
 use crate::error::Result;
 use crate::shapes::{Act, Param, ParamTable, Span};
 use crate::weights::Weights;
+use crate::whole::WholeGradients;
 
 /// A model on a device.
 pub struct Model<B: Backend> {
@@ -199,10 +200,26 @@ impl<B: Backend> Model<B> {
     /// # Errors
     /// The device failed.
     pub fn weights(&mut self) -> Result<Weights> {
-        let mut weights = Weights::zeros(&self.config)?;
+        let mut weights = Weights::zeros_in(&self.config, self.table.clone())?;
         let all = Span { offset: 0, len: self.table.len() };
         weights.values_mut().copy_from_slice(&self.backend.download(&self.params, all)?);
         Ok(weights)
+    }
+
+    /// Takes other weights of the same sizes, whose learned blocks may be others. An [`crate::optim::Optimizer`] has to follow
+    /// ([`crate::optim::Optimizer::follow`]).
+    ///
+    /// # Errors
+    /// The device has not enough memory, or failed.
+    pub fn set_weights(&mut self, weights: &Weights) -> Result<()> {
+        let table = weights.table();
+        if table.tensors() != self.table.tensors() {
+            renew(&mut self.backend, &mut self.params, Role::Parameters, "parameters", table.len())?;
+        }
+        self.backend.upload(&mut self.params, 0, weights.values())?;
+        self.bands = table.bands().iter().map(|band| self.backend.band_table(band)).collect::<Result<_>>()?;
+        self.table = table.clone();
+        Ok(())
     }
 
     /// Brings B*T input tokens and as many targets to the device. The caller has checked them against the vocabulary.
@@ -239,7 +256,8 @@ impl<B: Backend> Model<B> {
     }
 
     /// Forward and backward of the uploaded batch: the gradients of `scale * sum of losses` are set in, or added to,
-    /// `grads`, and `total[0] (+)= scale * sum of losses`.
+    /// `grads`, and `total[0] (+)= scale * sum of losses`. Where `whole` is given, those of learned layers go there as well, with
+    /// those of the connections that do not exist.
     ///
     /// # Errors
     /// The device failed.
@@ -247,13 +265,14 @@ impl<B: Backend> Model<B> {
         &mut self,
         acts: &mut Activations<B>,
         grads: &mut B::Buffer,
+        whole: Option<&mut WholeGradients<B>>,
         total: &mut B::Buffer,
         scale: f32,
         write: Write,
     ) -> Result<()> {
         self.forward(acts, None)?;
         let mut d = acts.backward.take().expect("activations were allocated with a backward pass");
-        let result = self.backward(acts, &mut d, grads, scale, write);
+        let result = self.backward(acts, &mut d, grads, whole, scale, write);
         acts.backward = Some(d);
         result?;
         self.backend.loss_sum(total, &acts.losses, acts.dims.rows(), scale, write)
@@ -362,6 +381,7 @@ impl<B: Backend> Model<B> {
         acts: &mut Activations<B>,
         d: &mut BackwardActivations<B>,
         grads: &mut B::Buffer,
+        mut whole: Option<&mut WholeGradients<B>>,
         scale: f32,
         write: Write,
     ) -> Result<()> {
@@ -384,8 +404,8 @@ impl<B: Backend> Model<B> {
         let (dx, dout) = (&mut d.residual, &d.layernorm);
         self.backend.layernorm_backward(dx, grads, dout, input, &self.params, lnf, rows, Write::Set, write)?;
         for layer in (0..self.config.num_layers).rev() {
-            self.fc2_backward(acts, d, grads, layer, write)?;
-            self.fc1_backward(acts, d, grads, layer, write)?;
+            self.fc2_backward(acts, d, grads, whole.as_deref_mut(), layer, write)?;
+            self.fc1_backward(acts, d, grads, whole.as_deref_mut(), layer, write)?;
             let ln2 = self.affine(Param::Ln2w, Param::Ln2b, layer);
             let (mean, rstd) = (&acts.ln2_mean[layer], &acts.ln2_rstd[layer]);
             let input = NormedInput { x: &acts.residual_mid[layer], mean, rstd };
@@ -456,6 +476,7 @@ impl<B: Backend> Model<B> {
         acts: &Activations<B>,
         d: &mut BackwardActivations<B>,
         grads: &mut B::Buffer,
+        whole: Option<&mut WholeGradients<B>>,
         layer: usize,
         write: Write,
     ) -> Result<()> {
@@ -472,6 +493,11 @@ impl<B: Backend> Model<B> {
             Some(table) => {
                 let (panels, bias) = (affine.weight, BiasGrad::Narrow(affine.bias));
                 self.backend.band_outer(grads, panels, bias, inp, dout, table, rows, write)?;
+                if let Some(whole) = whole
+                    && let Some(place) = whole.place(Param::Fcprojw, layer, dims.outputs)
+                {
+                    self.backend.linear_backward_weight(&mut whole.buffer, place, dout, inp, dims, write)?;
+                }
                 let expansion = Expansion::GeluBackward { pre };
                 self.backend.band_expand(dinp, dout, &self.params, panels, table, rows, expansion)
             }
@@ -484,6 +510,7 @@ impl<B: Backend> Model<B> {
         acts: &Activations<B>,
         d: &mut BackwardActivations<B>,
         grads: &mut B::Buffer,
+        whole: Option<&mut WholeGradients<B>>,
         layer: usize,
         write: Write,
     ) -> Result<()> {
@@ -499,6 +526,11 @@ impl<B: Backend> Model<B> {
             Some(table) => {
                 let (panels, bias) = (affine.weight, BiasGrad::Wide(affine.bias));
                 self.backend.band_outer(grads, panels, bias, dout, inp, table, rows, write)?;
+                if let Some(whole) = whole
+                    && let Some(place) = whole.place(Param::Fcw, layer, dims.outputs)
+                {
+                    self.backend.linear_backward_weight(&mut whole.buffer, place, dout, inp, dims, write)?;
+                }
                 self.backend.band_contract(dinp, dout, &self.params, panels, table, rows, None)
             }
         }
@@ -525,4 +557,19 @@ impl<B: Backend> Model<B> {
             padded_vocab: self.config.padded_vocab_size,
         }
     }
+}
+
+/// Puts a buffer of zeros in another one's place, which is gone before it comes.
+pub(crate) fn renew<B: Device>(
+    device: &mut B,
+    buffer: &mut B::Buffer,
+    role: Role,
+    name: &'static str,
+    len: usize,
+) -> Result<()> {
+    *buffer = device.alloc(role, name, 1)?;
+    // Only then is the memory of what was given up free.
+    device.sync()?;
+    *buffer = device.alloc(role, name, len)?;
+    Ok(())
 }

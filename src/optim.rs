@@ -3,9 +3,10 @@
 use crate::backend::{AdamWStep, Backend, Device, OptimizerState, Role, Write};
 use crate::checkpoint::Moments;
 use crate::error::Result;
-use crate::model::{Activations, Model};
+use crate::model::{Activations, Model, renew};
 use crate::shapes::Span;
 use crate::weights::Weights;
+use crate::whole::WholeGradients;
 use serde::{Deserialize, Serialize};
 
 /// Keeps AdamW's quotient finite.
@@ -92,6 +93,8 @@ pub struct Optimizer<B: Backend> {
     norm: B::Buffer,
     loss: B::Buffer,
     plan: B::Plan,
+    /// What the plan was made for.
+    decayed: Vec<Span>,
     step: u64,
 }
 
@@ -128,6 +131,7 @@ impl<B: Backend> Optimizer<B> {
             norm: device.alloc(Role::Statistics, "gradient norm", 1)?,
             loss: device.alloc(Role::Statistics, "loss", 1)?,
             plan: device.adamw_plan(&decayed, len)?,
+            decayed,
             step: 0,
         })
     }
@@ -148,9 +152,24 @@ impl<B: Backend> Optimizer<B> {
         micro_step: usize,
         micro_steps: usize,
     ) -> Result<()> {
+        self.micro_step_with(None, model, acts, micro_step, micro_steps)
+    }
+
+    /// The same with the whole gradients of learned layers, where they are wanted.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn micro_step_with(
+        &mut self,
+        whole: Option<&mut WholeGradients<B>>,
+        model: &mut Model<B>,
+        acts: &mut Activations<B>,
+        micro_step: usize,
+        micro_steps: usize,
+    ) -> Result<()> {
         let write = if micro_step == 0 { Write::Set } else { Write::Add };
         let scale = 1.0 / (micro_steps * acts.dims().rows()) as f32;
-        model.forward_backward(acts, &mut self.grads, &mut self.loss, scale, write)
+        model.forward_backward(acts, &mut self.grads, whole, &mut self.loss, scale, write)
     }
 
     /// Clips and applies the gradients: the step is done.
@@ -220,7 +239,7 @@ impl<B: Backend> Optimizer<B> {
     pub fn moments(&self, model: &mut Model<B>) -> Result<Moments> {
         let all = Span { offset: 0, len: model.table().len() };
         let mut host = |buffer| -> Result<Weights> {
-            let mut values = Weights::zeros(model.config())?;
+            let mut values = Weights::zeros_in(model.config(), model.table().clone())?;
             values.values_mut().copy_from_slice(&model.backend().download(buffer, all)?);
             Ok(values)
         };
@@ -237,6 +256,25 @@ impl<B: Backend> Optimizer<B> {
         device.upload(&mut self.v, 0, moments.second.values())?;
         self.step = step;
         Ok(())
+    }
+
+    /// Goes on with a model that has taken other weights ([`Model::set_weights`]), and with these moments, laid out as they are. The
+    /// gradients are to be set anew.
+    ///
+    /// # Errors
+    /// The device has not enough memory, or failed.
+    pub fn follow(&mut self, model: &mut Model<B>, moments: &Moments) -> Result<()> {
+        let (len, decayed) = (model.table().len(), model.table().decayed());
+        if decayed != self.decayed {
+            let device = model.backend();
+            // Tensors have moved. What lies between them has to be zero in all three.
+            renew(device, &mut self.grads, Role::Gradients, "gradients", len)?;
+            renew(device, &mut self.m, Role::Moments, "first moments", len)?;
+            renew(device, &mut self.v, Role::Moments, "second moments", len)?;
+            self.plan = device.adamw_plan(&decayed, len)?;
+            self.decayed = decayed;
+        }
+        self.restore(model, moments, self.step)
     }
 
     /// The gradients in host memory, laid out as the parameters, for tests.

@@ -4,8 +4,8 @@
 //! The same tables drive allocation, checkpoints and the memory estimate, so these cannot disagree.
 
 use crate::band::{Band, Dense};
-use crate::bandwidths::{Bandwidths, Connections};
-use crate::blocks::BlockPattern;
+use crate::bandwidths::Connections;
+use crate::blocks::{BlockPattern, Blocks};
 use crate::config::GptConfig;
 use crate::error::Result;
 
@@ -98,6 +98,14 @@ impl Param {
         !matches!(self, Param::Wte | Param::Wpe | Param::Lnfw | Param::Lnfb)
     }
 
+    /// The name of its tensor of a layer, as [`Tensor::name`] has it.
+    pub fn name_in(self, layer: usize) -> String {
+        match self.per_layer() {
+            true => format!("h.{layer}.{}", self.name()),
+            false => self.name().to_string(),
+        }
+    }
+
     /// Whether it is a matrix: only these decay, and only these start random.
     pub fn is_matrix(self) -> bool {
         use Param::*;
@@ -137,10 +145,7 @@ pub struct Tensor {
 impl Tensor {
     /// Its name in messages and in the native format: `wte`, or `h.3.fcw` for one layer's.
     pub fn name(&self) -> String {
-        match self.param.per_layer() {
-            true => format!("h.{}.{}", self.layer, self.param.name()),
-            false => self.param.name().to_string(),
-        }
+        self.param.name_in(self.layer)
     }
 }
 
@@ -158,27 +163,41 @@ pub struct ParamTable {
 }
 
 impl ParamTable {
-    /// Lays out the parameters of `config`.
+    /// Lays out the parameters of `config`, learned blocks as they start.
     ///
     /// # Errors
     /// Sizes that do not fit each other, see [`GptConfig::checked`].
     pub fn new(config: &GptConfig) -> Result<Self> {
+        Self::with_blocks(config, |_, _| None)
+    }
+
+    /// Lays out the parameters of `config`, where the learned tensor of a kind and layer keeps the blocks that `blocks` says, or
+    /// with `None` those that it starts from. Other tensors are not asked about.
+    ///
+    /// # Errors
+    /// As [`ParamTable::new`]; blocks that are not those of a layer of these sizes.
+    pub fn with_blocks(config: &GptConfig, blocks: impl Fn(Param, usize) -> Option<Blocks>) -> Result<Self> {
         let config = config.checked()?;
+        let (narrow, wide) = (config.channels, config.mlp_width());
         let (mut known, mut bands) = (Vec::new(), Vec::new());
-        let mut index = |key: (Connections, u64)| match known.iter().position(|other| *other == key) {
+        let mut index = |key: (Connections, u64), param, layer| match known.iter().position(|other| *other == key) {
             _ if key.0 == Connections::DENSE => Ok(None),
             Some(index) => Ok(Some(index)),
             None => {
-                bands.push(Band::of(key.0, config.channels, config.mlp_width(), key.1)?);
+                let learned = if key.0.is_learned() { blocks(param, layer) } else { None };
+                bands.push(match learned {
+                    Some(blocks) => Band::of_blocks(narrow, wide, blocks)?,
+                    None => Band::of(key.0, narrow, wide, key.1)?,
+                });
                 known.push(key);
                 Ok::<_, crate::Error>(Some(bands.len() - 1))
             }
         };
-        let mut indices = |bandwidths: Bandwidths, fc2: bool| -> Result<Vec<_>> {
-            let of = |layer| (bandwidths.of(layer, config.num_layers), layer);
-            (0..config.num_layers).map(of).map(|(kept, layer)| index((kept, stream(kept, layer, fc2)))).collect()
+        let mut indices = |param| -> Result<Vec<_>> {
+            let layers = connections(&config, param).into_iter().enumerate();
+            layers.map(|(layer, kept)| index((kept, stream(kept, layer, param)), param, layer)).collect()
         };
-        let (fc1, fc2) = (indices(config.fc1_bandwidth, false)?, indices(config.fc2_bandwidth, true)?);
+        let (fc1, fc2) = (indices(Param::Fcw)?, indices(Param::Fcprojw)?);
         let mut table = Self { tensors: Vec::new(), first: [0; 16], len: 0, bands, fc1, fc2 };
         for param in Param::ALL {
             table.first[param as usize] = table.tensors.len();
@@ -266,10 +285,35 @@ impl ParamTable {
     }
 }
 
-/// The random stream of a layer's FC1 or FC2: each has its own pattern where that is random, and all have the same where not.
-fn stream(connections: Connections, layer: usize, fc2: bool) -> u64 {
+/// What each layer's FC1 (`fcw`) or FC2 (`fcprojw`) keeps; nothing for other kinds.
+fn connections(config: &GptConfig, param: Param) -> Vec<Connections> {
+    let bandwidths = match param {
+        Param::Fcw => config.fc1_bandwidth,
+        Param::Fcprojw => config.fc2_bandwidth,
+        _ => return Vec::new(),
+    };
+    (0..config.num_layers).map(|layer| bandwidths.of(layer, config.num_layers)).collect()
+}
+
+/// The tensors whose blocks are learned, in checkpoint order, with what they keep.
+pub fn learned_tensors(config: &GptConfig) -> Vec<(Param, usize, BlockPattern)> {
+    let of = |param| {
+        let learned = move |(layer, kept)| match kept {
+            Connections::Pattern(pattern) if pattern.is_learned() => Some((param, layer, pattern)),
+            _ => None,
+        };
+        connections(config, param).into_iter().enumerate().filter_map(learned)
+    };
+    [Param::Fcw, Param::Fcprojw].into_iter().flat_map(of).collect()
+}
+
+/// The random stream of a layer's FC1 or FC2: each has its own pattern where that is random or learned, and all have the same
+/// where not.
+fn stream(connections: Connections, layer: usize, param: Param) -> u64 {
     match connections {
-        Connections::Pattern(BlockPattern::Random { .. }) => 2 * layer as u64 + u64::from(fc2),
+        Connections::Pattern(BlockPattern::Random { .. } | BlockPattern::Learned { .. }) => {
+            2 * layer as u64 + u64::from(param == Param::Fcprojw)
+        }
         Connections::Pattern(BlockPattern::Strided { .. }) | Connections::Band(_) => 0,
     }
 }
@@ -433,6 +477,27 @@ mod tests {
         assert_eq!(blocks.iter().collect::<std::collections::BTreeSet<_>>().len(), blocks.len());
         assert_eq!(table.weights(&config, Param::Fcw), 8 * 512 * 2048 / 2);
         assert_eq!(table.span(Param::Fcw, 3).len, 512 * 2048 / 2);
+    }
+
+    #[test]
+    fn learned_layers_have_blocks_of_their_own() {
+        let toy = preset("toy").unwrap().model;
+        let config = GptConfig {
+            fc1_bandwidth: "learned:0.5:band".parse().unwrap(),
+            fc2_bandwidth: "strided:0.5".parse().unwrap(),
+            ..toy
+        };
+        let start = ParamTable::new(&config).unwrap();
+        assert_eq!((start.bands().len(), learned_tensors(&config).len()), (4 + 1, 4));
+        let other = Blocks::from_text("11 11 00 00", 128, 512).unwrap();
+        let blocks = |param, layer| (param == Param::Fcprojw || layer == 2).then(|| other.clone());
+        let table = ParamTable::with_blocks(&config, blocks).unwrap();
+        let of = |table: &ParamTable, param, layer| table.band(param, layer).unwrap().0.blocks().unwrap().clone();
+        assert_eq!(of(&table, Param::Fcw, 2), other);
+        for (param, layer) in [(Param::Fcw, 1), (Param::Fcw, 3), (Param::Fcprojw, 2)] {
+            assert_eq!(of(&table, param, layer), of(&start, param, layer));
+        }
+        assert!(ParamTable::with_blocks(&config, |_, _| Some(Blocks::none(128, 512))).is_err());
     }
 
     #[test]

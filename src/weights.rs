@@ -4,7 +4,7 @@ use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::output;
-use crate::shapes::{Param, ParamTable};
+use crate::shapes::{Param, ParamTable, Tensor, learned_tensors};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, Normal};
@@ -27,7 +27,14 @@ impl Weights {
     /// # Errors
     /// Sizes that do not fit each other; [`Error::Device`] when the host has not enough memory.
     pub fn zeros(config: &GptConfig) -> Result<Self> {
-        let table = ParamTable::new(config)?;
+        Self::zeros_in(config, ParamTable::new(config)?)
+    }
+
+    /// All weights zero, laid out by a table of the configuration's: its learned blocks may be others than those they start from.
+    ///
+    /// # Errors
+    /// [`Error::Device`] when the host has not enough memory.
+    pub fn zeros_in(config: &GptConfig, table: ParamTable) -> Result<Self> {
         let mut values = Vec::new();
         values.try_reserve_exact(table.len()).map_err(|_| {
             let needed = output::bytes(table.len() * size_of::<f32>());
@@ -121,19 +128,38 @@ impl Weights {
         }
     }
 
+    /// The same weights in the layout of another table: connections that it lacks are dropped, connections that this one lacked
+    /// are zero, and all others keep their bits.
+    ///
+    /// # Errors
+    /// As [`Weights::zeros_in`].
+    pub fn laid_out(&self, config: &GptConfig, table: ParamTable) -> Result<Self> {
+        let mut weights = Self::zeros_in(config, table)?;
+        for index in 0..self.table.tensors().len() {
+            let Tensor { param, layer, .. } = self.table.tensors()[index];
+            match self.table.band(param, layer) == weights.table.band(param, layer) {
+                true => weights.stored_mut(param, layer).copy_from_slice(self.stored(param, layer)),
+                false => weights.set_dense(param, layer, &self.dense(param, layer)),
+            }
+        }
+        Ok(weights)
+    }
+
     /// The same weights for other bandwidths (0 is dense): connections that the new band lacks are dropped, connections
-    /// that the old one lacked start at zero. Returns them with the share of each matrix's squared norm that was cut,
-    /// 0..=1, FC1 first.
+    /// that the old one lacked start at zero; a layer that was and stays learned, of the same density and start, keeps its
+    /// blocks. Returns them with the share of each matrix's squared norm that was cut, 0..=1, FC1 first.
     ///
     /// # Errors
     /// A list of bandwidths that is not as long as the model is deep; bandwidths of any size are allowed.
     pub fn rebanded(&self, fc1_bandwidth: Bandwidths, fc2_bandwidth: Bandwidths) -> Result<(Self, [f64; 2])> {
         let config = GptConfig { fc1_bandwidth, fc2_bandwidth, ..self.config };
-        let mut weights = Self::zeros(&config)?;
-        for index in 0..self.table.tensors().len() {
-            let tensor = self.table.tensors()[index];
-            weights.set_dense(tensor.param, tensor.layer, &self.dense(tensor.param, tensor.layer));
-        }
+        let learned = learned_tensors(&self.config);
+        let kept: Vec<_> = learned_tensors(&config).into_iter().filter(|tensor| learned.contains(tensor)).collect();
+        let blocks = |param, layer| {
+            let stays = kept.iter().any(|tensor| (tensor.0, tensor.1) == (param, layer));
+            if stays { self.table.band(param, layer)?.0.blocks().cloned() } else { None }
+        };
+        let weights = self.laid_out(&config, ParamTable::with_blocks(&config, blocks)?)?;
         let cut = [Param::Fcw, Param::Fcprojw].map(|param| {
             let (before, after) = (self.squared_norm(param), weights.squared_norm(param));
             if before == 0.0 { 0.0 } else { (1.0 - after / before).max(0.0) }

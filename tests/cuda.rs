@@ -6,6 +6,8 @@ mod agreement;
 mod card;
 #[path = "golden.rs"]
 mod golden;
+#[path = "agreement/learning.rs"]
+mod learning;
 mod skip;
 
 use bandtrain::backend::cuda::Options;
@@ -71,6 +73,14 @@ fn low_precisions_follow_the_golden_runs() {
 fn layers_of_other_bandwidths_and_an_odd_width() {
     if let Some(device) = device(of(Arithmetic::Fp32)) {
         agreement::check_uneven_layers(device);
+    }
+}
+
+#[test]
+fn learned_blocks_are_exchanged() {
+    let [first, twin, successor] = [(); 3].map(|()| device(of(Arithmetic::Fp32)));
+    if let (Some(first), Some(twin), Some(successor)) = (first, twin, successor) {
+        learning::check_learning(first, twin, successor);
     }
 }
 

@@ -5,9 +5,12 @@ mod adapter;
 mod agreement;
 #[path = "golden.rs"]
 mod golden;
+#[path = "agreement/learning.rs"]
+mod learning;
 mod skip;
 
 use adapter::{checked, device};
+use bandtrain::backend::cpu::Cpu;
 use bandtrain::backend::wgpu::{AdapterKind, Options, Tuning, Wgpu};
 use bandtrain::backend::{Attention, Device, Role, SequenceDims};
 use bandtrain::tolerance::UNIT_F32;
@@ -62,6 +65,16 @@ fn every_operation_agrees_with_other_tiles() {
 fn every_operation_agrees_with_another_software_adapters_tiles() {
     let only = ["linear M=65", "N=40 W=160", "attention B=2 T=70"];
     check_parity(&Options { tuning: Some(Tuning::of(AdapterKind::Software)), ..Options::default() }, &only, 50);
+}
+
+/// Exchanging blocks, on the reference and on an adapter.
+#[test]
+fn learned_blocks_are_exchanged() {
+    learning::check_learning(Cpu::new(), Cpu::new(), Cpu::new());
+    let [first, twin, successor] = [(); 3].map(|()| device(&Options::default()));
+    if let (Some(first), Some(twin), Some(successor)) = (first, twin, successor) {
+        learning::check_learning(first, twin, successor);
+    }
 }
 
 macro_rules! golden_runs {

@@ -6,14 +6,14 @@
 
 use crate::atomic::SealedFile;
 use crate::band::{ALIGN, Band, PANEL_ROWS, Panel};
-use crate::blocks::{BLOCK_COLS, BLOCK_ROWS};
+use crate::blocks::{self, BLOCK_COLS, BLOCK_ROWS, Blocks};
 use crate::checkpoint::container::{self, Container, Entry};
 use crate::checkpoint::values::Encoding;
 use crate::checkpoint::{Checked, Checkpoint, Meta, Moments};
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::output::quoted;
-use crate::shapes::{Param, ParamTable, Tensor};
+use crate::shapes::{Param, ParamTable, Tensor, learned_tensors};
 use crate::weights::Weights;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,7 +87,7 @@ pub fn read_with_moments(path: &Path) -> Result<(Checkpoint, Moments)> {
     let table = checkpoint.weights.table();
     let mut set = |prefix| -> Result<Weights> {
         check_shapes(&container, prefix, checkpoint.weights.config(), table, packing)?;
-        read_set(&mut container, prefix, checkpoint.weights.config(), packing)
+        read_set(&mut container, prefix, checkpoint.weights.config(), table, packing)
     };
     let moments = Moments { first: set(FIRST)?, second: set(SECOND)? };
     Ok((checkpoint, moments))
@@ -100,17 +100,31 @@ fn open(path: &Path) -> Result<(Checkpoint, Container, Packing)> {
     let mut notes = container.notes();
     let (config, packing) = take_layout(&mut notes).map_err(fault)?;
     let meta = Meta::take(&mut notes, &config).map_err(fault)?;
-    let table = ParamTable::new(&config).map_err(|error| fault(format!("its metadata makes no model: {error}")))?;
-    check_blocks(&mut notes, &table, packing).map_err(fault)?;
+    let no_model = |error| fault(format!("its metadata makes no model: {error}"));
+    let table = ParamTable::new(&config).map_err(no_model)?;
+    let learned = take_learned(&mut notes, &config, &table).map_err(fault)?;
+    let table = match learned.is_empty() {
+        true => table,
+        false => {
+            let of = |param, layer| learned.get(&(param, layer)).cloned();
+            ParamTable::with_blocks(&config, of).map_err(no_model)?
+        }
+    };
+    check_blocks(&mut notes, &table, &learned, packing).map_err(fault)?;
     check_tensors(&container, &config, &table, packing)?;
-    let weights = read_set(&mut container, "", &config, packing)?;
+    let weights = read_set(&mut container, "", &config, &table, packing)?;
     Ok((Checkpoint { weights, meta: Meta { extra: notes, ..meta } }, container, packing))
 }
 
 /// Reads all tensors whose names begin with `prefix`, and holds them to their checksum if the file has one.
-fn read_set(container: &mut Container, prefix: &str, config: &GptConfig, packing: Packing) -> Result<Weights> {
-    let mut set = Weights::zeros(config)?;
-    let table = set.table().clone();
+fn read_set(
+    container: &mut Container,
+    prefix: &str,
+    config: &GptConfig,
+    table: &ParamTable,
+    packing: Packing,
+) -> Result<Weights> {
+    let mut set = Weights::zeros_in(config, table.clone())?;
     let mut crc = 0;
     for &tensor in table.tensors() {
         let packed = table.band(tensor.param, tensor.layer).map(|(band, _)| (band, packing));
@@ -177,10 +191,43 @@ fn block_notes(table: &ParamTable) -> Vec<(String, String)> {
     if tensors.is_empty() { tensors } else { sizes.into_iter().chain(tensors).collect() }
 }
 
-/// Removes from the metadata what it says of blocks, and holds them to be those that the configuration's patterns mean.
-fn check_blocks(notes: &mut BTreeMap<String, String>, table: &ParamTable, packing: Packing) -> Checked<()> {
+/// Removes from the metadata what it says of learned blocks: any may be that are as many as those that they started from.
+fn take_learned(
+    notes: &mut BTreeMap<String, String>,
+    config: &GptConfig,
+    start: &ParamTable,
+) -> Checked<BTreeMap<(Param, usize), Blocks>> {
+    let (narrow, wide) = (config.channels, config.mlp_width());
+    let mut learned = BTreeMap::new();
+    for (param, layer, _) in learned_tensors(config) {
+        let key = format!("{}{BLOCKS_KEY}", param.name_in(layer));
+        let text = take(notes, &key)?;
+        let count = start.band(param, layer).and_then(|(band, _)| band.blocks()).map_or(0, Blocks::count);
+        let blocks = Blocks::from_text(&text, narrow, wide).filter(|blocks| blocks.count() == count);
+        let blocks = blocks.ok_or_else(|| {
+            let (down, across) = blocks::grid(narrow, wide);
+            format!(
+                "gives {key} as {}, which are not {count} of {down} x {across} blocks: it is damaged",
+                quoted(&text)
+            )
+        })?;
+        learned.insert((param, layer), blocks);
+    }
+    Ok(learned)
+}
+
+/// Removes from the metadata what it says of blocks that are not learned, and holds them to be those that the configuration's
+/// patterns mean.
+fn check_blocks(
+    notes: &mut BTreeMap<String, String>,
+    table: &ParamTable,
+    learned: &BTreeMap<(Param, usize), Blocks>,
+    packing: Packing,
+) -> Checked<()> {
+    let learned: BTreeSet<_> =
+        learned.keys().map(|&(param, layer)| format!("{}{BLOCKS_KEY}", param.name_in(layer))).collect();
     let expected = block_notes(table);
-    for (key, own) in &expected {
+    for (key, own) in expected.iter().filter(|(key, _)| !learned.contains(key)) {
         let written = take(notes, key)?;
         if written != *own {
             let own = quoted(own);

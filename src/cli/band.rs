@@ -11,12 +11,13 @@ use std::path::PathBuf;
 /// Shows a band or a pattern: exact density, memory and picture
 ///
 /// Narrow element i and wide element j are connected exactly when |j - i*W/N| <= bandwidth/2. A pattern keeps blocks of 128
-/// wide x 64 narrow elements: random ones, or strided ones, on diagonals evenly apart. Every layer of a model has random
-/// blocks of its own; shown are those of the first layer's FC1.
+/// wide x 64 narrow elements: random ones, strided ones, on diagonals evenly apart, or those that learned ones start from. Every
+/// layer of a model has random blocks of its own; shown are those of the first layer's FC1.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  bandtrain band -w 1024 -C 512\n  bandtrain band -w random:0.438 -C 512")]
 pub struct BandArgs {
-    /// The bandwidth, in wide elements, or a pattern like random:0.438, random:0.438:7 with seed 7, or strided:0.438
+    /// The bandwidth, in wide elements, or a pattern like random:0.438, random:0.438:7 with seed 7, strided:0.438, or
+    /// learned:0.438:band
     #[arg(long, short = 'w', value_parser = parse::connections, value_name = "N", allow_negative_numbers = true)]
     bandwidth: Connections,
     /// N, the narrow axis: the model's channels

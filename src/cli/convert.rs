@@ -27,7 +27,7 @@ pub struct ConvertArgs {
     /// llmc (fp32), llmc-bf16, safetensors (native) or hf (a folder for Hugging Face transformers)
     #[arg(long, value_name = "FORMAT")]
     to: String,
-    /// New bandwidth of FC1, 0 is dense, or pattern, like random:0.438 or strided:0.438 [default: as it is]
+    /// New bandwidth of FC1, 0 is dense, or pattern, like random:0.438, strided:0.438 or learned:0.438 [default: as it is]
     #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
     fc1_bandwidth: Option<Bandwidths>,
     /// New bandwidth or pattern of FC2, likewise [default: as it is]

@@ -3,17 +3,19 @@
 use super::device::{DeviceArgs, Task, with_backend};
 use super::eval::check_seq_len;
 use super::parse;
+use super::train::{learned_blocks, preset_like};
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda;
 use crate::backend::wgpu;
 use crate::backend::{Arithmetic, Backend, Device};
 use crate::bandwidths::Bandwidths;
+use crate::checkpoint;
 use crate::config::{GptConfig, preset};
 use crate::error::{Error, Result};
 use crate::memory::{MemoryEstimate, Room, stored_elements};
 use crate::output::{bytes, grouped};
 use crate::say;
-use crate::shapes::{Param, ParamTable};
+use crate::shapes::{Param, ParamTable, learned_tensors};
 use std::path::PathBuf;
 
 /// The features of an adapter that bear on training; `--json` lists all.
@@ -22,18 +24,23 @@ const USEFUL_FEATURES: [&str; 5] =
 
 /// Shows devices, and the memory a training takes
 #[derive(clap::Args)]
-#[command(after_help = "Example:\n  bandtrain info --preset tinystories-51m -b 16 -w 1024 -2 1024")]
+#[command(after_help = "Examples:\n  bandtrain info --preset tinystories-51m -b 16 -w 1024 -2 1024\n  \
+                        bandtrain info -e model.safetensors")]
 pub struct InfoArgs {
     /// Model to account for
     #[arg(long, default_value = "tinystories-51m", value_name = "NAME")]
     preset: String,
+    /// Model to account for, any known format; of learned blocks it says how many are others than at the start
+    #[arg(long, short = 'e', value_name = "FILE",
+          conflicts_with_all = ["preset", "fc1_bandwidth", "fc2_bandwidth", "mlp_width"])]
+    init: Option<PathBuf>,
     /// Sequences per batch [default: the preset's]
     #[arg(long, short = 'b', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     batch_size: Option<usize>,
     /// Tokens per sequence [default: the model's longest]
     #[arg(long, short = 't', value_parser = parse::positive, value_name = "N", allow_negative_numbers = true)]
     seq_len: Option<usize>,
-    /// Bandwidth of FC1, 0 is dense, or pattern, like random:0.438 or strided:0.438 [default: the preset's]
+    /// Bandwidth of FC1, 0 is dense, or pattern, like random:0.438, strided:0.438 or learned:0.438 [default: the preset's]
     #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
     fc1_bandwidth: Option<Bandwidths>,
     /// Bandwidth or pattern of FC2, likewise [default: the preset's]
@@ -58,16 +65,17 @@ pub struct InfoArgs {
 
 struct Info {
     config: GptConfig,
+    table: ParamTable,
     batch: usize,
     tokens: usize,
     json: bool,
-    preset: String,
+    name: String,
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// An unknown preset; sizes that do not fit.
+/// An unknown preset; a model that cannot be read; sizes that do not fit.
 pub fn run(args: InfoArgs) -> Result<()> {
     if let Some(folder) = &args.dump_shaders {
         let count = wgpu::dump_shaders(folder)?;
@@ -76,17 +84,27 @@ pub fn run(args: InfoArgs) -> Result<()> {
     if let Some(architecture) = args.cuda_kernels {
         return cuda_kernels(architecture, args.json);
     }
-    let preset = preset(&args.preset)?;
-    let config = GptConfig {
-        fc1_bandwidth: args.fc1_bandwidth.unwrap_or(preset.model.fc1_bandwidth),
-        fc2_bandwidth: args.fc2_bandwidth.unwrap_or(preset.model.fc2_bandwidth),
-        ..preset.model
+    let (name, defaults, table, config) = match &args.init {
+        Some(path) => {
+            let weights = checkpoint::load(path)?.weights;
+            let config = *weights.config();
+            (path.display().to_string(), preset_like(&config)?, weights.table().clone(), config)
+        }
+        None => {
+            let preset = preset(&args.preset)?;
+            let config = GptConfig {
+                fc1_bandwidth: args.fc1_bandwidth.unwrap_or(preset.model.fc1_bandwidth),
+                fc2_bandwidth: args.fc2_bandwidth.unwrap_or(preset.model.fc2_bandwidth),
+                ..preset.model
+            };
+            let config = config.with_mlp_width(args.mlp_width.unwrap_or(config.mlp_width())).checked()?;
+            (args.preset, preset, ParamTable::new(&config)?, config)
+        }
     };
-    let config = config.with_mlp_width(args.mlp_width.unwrap_or(config.mlp_width())).checked()?;
     let tokens = args.seq_len.unwrap_or(config.max_seq_len);
     check_seq_len(tokens, config.max_seq_len)?;
-    let batch = args.batch_size.unwrap_or(preset.batch_size);
-    with_backend(&args.device.clone(), Info { config, batch, tokens, json: args.json, preset: args.preset })
+    let batch = args.batch_size.unwrap_or(defaults.batch_size);
+    with_backend(&args.device, Info { config, table, batch, tokens, json: args.json, name })
 }
 
 /// The table of what the cuda kernels take.
@@ -169,8 +187,7 @@ impl Task for Info {
 impl Info {
     /// `budget` is what is free, and the largest B that fits.
     fn print<B: Backend>(&self, backend: &B, estimate: &MemoryEstimate, budget: Option<(usize, usize)>) -> Result<()> {
-        let Info { config, batch, tokens, preset, .. } = self;
-        let table = ParamTable::new(config)?;
+        let Info { config, table, batch, tokens, name, .. } = self;
         say!("Devices")?;
         say!(
             "  cpu      {}, {} of memory free",
@@ -191,7 +208,7 @@ impl Info {
         }
         let count = grouped(table.count(config));
         say!(
-            "\n{preset}: C={} L={} NH={} T={} V={}, {count} parameters",
+            "\n{name}: C={} L={} NH={} T={} V={}, {count} parameters",
             config.channels,
             config.num_layers,
             config.num_heads,
@@ -200,7 +217,7 @@ impl Info {
         )?;
         let layers = [("FC1", Param::Fcw, config.fc1_bandwidth), ("FC2", Param::Fcprojw, config.fc2_bandwidth)];
         for (name, param, bandwidth) in layers {
-            let (stored, dense) = stored_elements(config, &table, param);
+            let (stored, dense) = stored_elements(config, table, param);
             match bandwidth.is_dense() {
                 true => say!("  {name} dense: {} weights", grouped(dense))?,
                 false => say!(
@@ -211,6 +228,9 @@ impl Info {
                     grouped(dense),
                     100.0 * stored as f64 / dense as f64
                 )?,
+            }
+            if let Some((learned, others)) = learned(config, table, param)? {
+                say!("      {learned} learned blocks, {others} of them others than at the start")?;
             }
         }
         say!("\nMemory of training on {} with B={batch} T={tokens}", backend.description())?;
@@ -242,7 +262,6 @@ impl Info {
         room: Room,
         largest: Option<usize>,
     ) -> Result<()> {
-        let table = ParamTable::new(&self.config)?;
         let rows = |rows: &[crate::memory::MemoryRow]| -> Vec<_> {
             rows.iter().map(|r| serde_json::json!({ "name": r.name, "copies": r.copies, "bytes": r.bytes })).collect()
         };
@@ -250,7 +269,8 @@ impl Info {
             "devices": devices_json(),
             "device": backend.description(),
             "config": self.config,
-            "parameters": table.count(&self.config),
+            "parameters": self.table.count(&self.config),
+            "blocks": learned_blocks(&self.config, &self.table),
             "batch_size": self.batch,
             "seq_len": self.tokens,
             "memory": { "parameters": rows(&estimate.parameters), "activations": rows(&estimate.activations) },
@@ -261,6 +281,18 @@ impl Info {
         });
         say!("{json}")
     }
+}
+
+/// The learned blocks of all layers' tensors of a kind, and those of them that they did not start from; `None` when there are none.
+fn learned(config: &GptConfig, table: &ParamTable, param: Param) -> Result<Option<(usize, usize)>> {
+    let start = ParamTable::new(config)?;
+    let of = |layer| {
+        let [now, start] = [table, &start].map(|table| table.band(param, layer).and_then(|(band, _)| band.blocks()));
+        Some((now?.count(), now?.count_beside(start?)))
+    };
+    let tensors = learned_tensors(config).into_iter().filter(|tensor| tensor.0 == param);
+    let counts = tensors.filter_map(|(_, layer, _)| of(layer));
+    Ok(counts.reduce(|sum, layer| (sum.0 + layer.0, sum.1 + layer.1)))
 }
 
 /// Every device there is, with what it offers.

@@ -27,7 +27,7 @@ pub struct InitArgs {
     /// Same seed, same weights
     #[arg(long, default_value = "42", value_parser = parse::seed, value_name = "N", allow_negative_numbers = true)]
     seed: u64,
-    /// Bandwidth of FC1, 0 is dense, or pattern, like random:0.438 or strided:0.438 [default: the preset's]
+    /// Bandwidth of FC1, 0 is dense, or pattern, like random:0.438, strided:0.438 or learned:0.438 [default: the preset's]
     #[arg(long, short = 'w', value_parser = parse::bandwidths, value_name = "N", allow_negative_numbers = true)]
     fc1_bandwidth: Option<Bandwidths>,
     /// Bandwidth or pattern of FC2, likewise [default: the preset's]

@@ -10,7 +10,7 @@ use crate::weights::Weights;
 use std::collections::BTreeMap;
 
 /// Options that change what a run computes. The number of steps is one only where the schedule depends on it.
-const DECISIVE: [&str; 15] = [
+const DECISIVE: [&str; 18] = [
     "shuffle",
     "batch-size",
     "seq-len",
@@ -24,6 +24,9 @@ const DECISIVE: [&str; 15] = [
     "grad-clip",
     "skip-loss-zscore",
     "skip-grad-zscore",
+    "learn-every",
+    "learn-fraction",
+    "learn-until",
     "seed",
     "rescale-init",
 ];

@@ -15,6 +15,7 @@ use crate::checkpoint::{Keep, Series};
 use crate::energy::EnergyMeter;
 use crate::error::{Error, Result};
 use crate::interrupt;
+use crate::learn::LearnRule;
 use crate::output::{self, grouped, loss};
 use crate::report::Show;
 use crate::say;
@@ -37,9 +38,11 @@ The file:
   steps = 1000
   [[grid]]                        # each grid is the product of its lists
   pattern = [\"dense\", \"band\", \"small-dense\"]   # the last: a narrower MLP with as many weights as the band; with density
-                                  # also \"random\" (blocks, others for each seed) and \"strided\"
+                                  # also \"random\" (blocks, others for each seed), \"strided\", \"learned\" (from random
+                                  # ones) and \"learned-band\" (from a diagonal band)
   bandwidth = [1024, 512, 256]    # or density = [0.438, 0.235]; over the depth \"1024..256\" or \"1024,512,256,256\"
   layers = [\"fc1\", \"fc2\", \"both\"]
+  learn-every = [100]             # of learned blocks, as training's options; also learn-fraction and learn-until
   learning-rate = [3e-4]          # without it, training's own
   seed = [1, 2, 3]                # without it, 42
 
@@ -139,12 +142,19 @@ impl Sweep {
         let run = |point: &crate::sweep::Point| -> Result<Planned> {
             let config = point.config(&preset.model).map_err(|error| error_of(&point.name(), error))?;
             let learning_rate = point.learning_rate.or(train.learning_rate).unwrap_or(preset.learning_rate);
-            let facts = Facts::new(point, &config, learning_rate)?;
+            let learn = &point.learn;
+            let (every, fraction) = (learn.every.or(train.learn_every), learn.fraction.or(train.learn_fraction));
+            let learns = point.pattern.is_learned();
+            let learn = learns.then(|| LearnRule::new(every, fraction, learn.until.or(train.learn_until), steps));
+            let facts = Facts::new(point, &config, learn, learning_rate)?;
             let folder = folder.join("runs").join(&facts.name);
             let options = TrainOptions {
                 fc1_bandwidth: Some(config.fc1_bandwidth),
                 fc2_bandwidth: Some(config.fc2_bandwidth),
                 mlp_width: config.mlp_width,
+                learn_every: learn.map(|rule| rule.every),
+                learn_fraction: learn.map(|rule| rule.fraction),
+                learn_until: learn.map(|rule| rule.until),
                 learning_rate: Some(learning_rate),
                 seed: Some(point.seed),
                 run: Some(folder.clone()),
@@ -437,7 +447,7 @@ fn train_one(run: &Planned) -> Result<Outcome> {
                 Ok(joules) => sweep::whole_energy(&run.folder, joules)?
                     .ok_or_else(|| "the run was ended by force, and what it had taken until then was lost".to_string()),
             });
-            measured.memory_bytes = trained.memory_bytes;
+            (measured.memory_bytes, measured.blocks) = (trained.memory_bytes, trained.blocks);
             (measured.device, measured.version) = (ended.device, VERSION.to_string());
             Ok(Outcome::Done(measured))
         }

@@ -150,6 +150,7 @@ impl SweepFile {
         if train.learning_rate.is_some() && written.grid.iter().any(|grid| !grid.learning_rate.is_empty()) {
             return Err(fault("[train] and [[grid]] both give learning-rate; leave one of them out".into()));
         }
+        check_learning(&train, &written.grid, &points).map_err(fault)?;
         let stem = || path.file_stem().map_or_else(|| "sweep".into(), |stem| stem.to_string_lossy().into_owned());
         let name = written.name.unwrap_or_else(stem);
         Ok(Self { name, keep_checkpoints: written.keep_checkpoints, train, points })
@@ -165,6 +166,23 @@ fn check_shared(train: &TrainOptions) -> std::result::Result<(), String> {
     let table = toml::Table::try_from(train).map_err(|error| error.to_string())?;
     match DECIDED.into_iter().find(|(key, _)| table.contains_key(*key)) {
         Some((key, why)) => Err(format!("[train] sets {key}, but {why}")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses options about learned blocks where no run has any, or where a grid varies them.
+fn check_learning(train: &TrainOptions, grids: &[Grid], points: &[Point]) -> std::result::Result<(), String> {
+    let Some(given) = train.learning() else { return Ok(()) };
+    if !points.iter().any(|point| point.pattern.is_learned()) {
+        return Err(format!("[train] sets {given}, but no grid has the pattern learned or learned-band; leave it out"));
+    }
+    let twice = [
+        ("learn-every", train.learn_every.is_some(), grids.iter().any(|grid| !grid.learn_every.is_empty())),
+        ("learn-fraction", train.learn_fraction.is_some(), grids.iter().any(|grid| !grid.learn_fraction.is_empty())),
+        ("learn-until", train.learn_until.is_some(), grids.iter().any(|grid| !grid.learn_until.is_empty())),
+    ];
+    match twice.into_iter().find(|(_, shared, varied)| *shared && *varied) {
+        Some((key, ..)) => Err(format!("[train] and [[grid]] both give {key}; leave one of them out")),
         None => Ok(()),
     }
 }

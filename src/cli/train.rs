@@ -16,15 +16,17 @@ use crate::data::{Loader, Shuffle, Tokenizer, toy};
 use crate::error::{Error, Result};
 use crate::every::Every;
 use crate::interrupt;
+use crate::learn::LearnRule;
 use crate::memory::{MemoryEstimate, stored_elements};
 use crate::model::Model;
 use crate::optim::{Hyperparameters, Recipe};
 use crate::output::{grouped, loss};
 use crate::report::{Reporter, Show};
-use crate::shapes::Param;
+use crate::shapes::{Param, ParamTable, learned_tensors};
 use crate::train::spike::SpikeRule;
 use crate::train::{Progress, TrainPlan, Trainer};
 use crate::weights::Weights;
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::Path;
 
@@ -84,6 +86,8 @@ pub(super) struct Trained {
     pub step_tokens: u64,
     /// Bytes of device memory that it was estimated to take.
     pub memory_bytes: usize,
+    /// The learned blocks in the end, by tensor.
+    pub blocks: BTreeMap<String, String>,
 }
 
 /// Trains on `backend` as the options say.
@@ -220,6 +224,14 @@ impl Start {
     }
 }
 
+/// The preset whose defaults suit a model that comes from a file.
+///
+/// # Errors
+/// None: the preset exists.
+pub(super) fn preset_like(model: &GptConfig) -> Result<Preset> {
+    preset(if model.vocab_size == BYTES_VOCAB { "toy" } else { "tinystories-51m" })
+}
+
 /// Finds the model that the options name, and its bandwidths.
 fn start(options: &mut TrainOptions) -> Result<Start> {
     let (name, defaults, model, loaded) = match &options.init {
@@ -227,8 +239,7 @@ fn start(options: &mut TrainOptions) -> Result<Start> {
             let weights = checkpoint::load(path)?.weights;
             let model = *weights.config();
             let name = path.file_stem().map_or("model".into(), |stem| stem.to_string_lossy().into_owned());
-            let like = if model.vocab_size == BYTES_VOCAB { "toy" } else { "tinystories-51m" };
-            (name, preset(like)?, model, Some(weights))
+            (name, preset_like(&model)?, model, Some(weights))
         }
         None => {
             let defaults = name_preset(options)?;
@@ -269,8 +280,9 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outpu
     options.skip_grad_zscore = options.skip_grad_zscore.filter(|&zscore| zscore > 0.0);
     let seq_len = *options.seq_len.get_or_insert(config.max_seq_len);
     check_seq_len(seq_len, config.max_seq_len)?;
+    let steps = *options.steps.get_or_insert(defaults.steps);
     let plan = TrainPlan {
-        steps: *options.steps.get_or_insert(defaults.steps),
+        steps,
         batch_size: *options.batch_size.get_or_insert(defaults.batch_size),
         seq_len,
         grad_accum: *options.grad_accum.get_or_insert(1),
@@ -291,6 +303,7 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outpu
             loss_zscore: options.skip_loss_zscore.unwrap_or(0.0),
             grad_zscore: options.skip_grad_zscore.unwrap_or(0.0),
         },
+        learn: learn_rule(options, config, steps)?,
         checkpoint_every: *options.checkpoint_every.get_or_insert(Every::Steps(0)),
         keep: Keep { last: options.keep, milestone_every: options.milestone_every.unwrap_or(0) },
         checkpoint: outputs.checkpoint.clone(),
@@ -305,6 +318,24 @@ fn plan(options: &mut TrainOptions, defaults: &Preset, config: &GptConfig, outpu
         )));
     }
     Ok(plan)
+}
+
+/// When learned blocks are exchanged, with the options for it filled in; `None` where no layer has any.
+fn learn_rule(options: &mut TrainOptions, config: &GptConfig, steps: u64) -> Result<Option<LearnRule>> {
+    if !(config.fc1_bandwidth.has_learned() || config.fc2_bandwidth.has_learned()) {
+        return match options.learning() {
+            None => Ok(None),
+            Some(option) => Err(Error::usage(format!(
+                "--{option} is for learned blocks, but no layer has any; give it some, as in -w learned:0.438, or leave \
+                 --{option} out"
+            ))),
+        };
+    }
+    let rule = LearnRule::new(options.learn_every, options.learn_fraction, options.learn_until, steps);
+    options.learn_every = Some(rule.every);
+    options.learn_fraction = Some(rule.fraction);
+    options.learn_until = Some(rule.until);
+    Ok(Some(rule))
 }
 
 impl TrainConfig {
@@ -348,8 +379,17 @@ impl TrainConfig {
             self.outputs.advice().iter().try_for_each(|line| reporter.note(line))?;
         }
         let step_tokens = (plan.batch_size * plan.seq_len * plan.grad_accum) as u64;
-        Ok(Trained { steps: plan.steps, step_tokens, memory_bytes: estimate.total() })
+        let blocks = learned_blocks(&config, model.table());
+        Ok(Trained { steps: plan.steps, step_tokens, memory_bytes: estimate.total(), blocks })
     }
+}
+
+/// The blocks of learned tensors, as text by the tensor's name.
+pub(super) fn learned_blocks(config: &GptConfig, table: &ParamTable) -> BTreeMap<String, String> {
+    let text = |(param, layer, _): (Param, usize, _)| {
+        Some((param.name_in(layer), table.band(param, layer)?.0.blocks()?.to_text()))
+    };
+    learned_tensors(config).into_iter().filter_map(text).collect()
 }
 
 /// What is trained, on what, with what.
@@ -385,6 +425,11 @@ fn describe(
         hyper.weight_decay,
         hyper.grad_clip
     ))?;
+    if let Some(LearnRule { every, fraction, until }) = plan.learn {
+        reporter.note(&format!(
+            "learned blocks: exchanged every {every} steps before step {until}, at first {fraction:.4} of them"
+        ))?;
+    }
     reporter.note(&format!("device: {device}"))
 }
 

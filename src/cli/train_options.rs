@@ -52,9 +52,9 @@ pub struct TrainOptions {
     #[arg(long, value_name = "NAME", help_heading = "Model", conflicts_with = "init")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) preset: Option<String>,
-    /// Bandwidth of FC1, 0 is dense; by block a ramp 1024..256 or a list 1024,512,0; or a pattern of weight blocks, random:0.438
-    /// (random:0.438:7 with seed 7) or strided:0.438 with its density, in lists too [default: the preset's or the model's; also
-    /// -1]
+    /// Bandwidth of FC1, 0 is dense; by block a ramp 1024..256 or a list 1024,512,0; or a pattern of weight blocks with its
+    /// density, in lists too: random:0.438 (random:0.438:7 with seed 7), strided:0.438, or learned:0.438 (from the random ones, or
+    /// from a diagonal band as learned:0.438:band) [default: the preset's or the model's; also -1]
     #[arg(long, short = 'w', short_alias = '1', value_parser = parse::bandwidths, value_name = "N", help_heading = "Model",
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -160,6 +160,20 @@ pub struct TrainOptions {
           allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) skip_grad_zscore: Option<f64>,
+    /// Steps between exchanges of learned blocks: those of least weight norm go, those of largest gradient norm come (RigL), 0 is
+    /// never [default: 100]
+    #[arg(long, value_parser = parse::steps, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) learn_every: Option<u64>,
+    /// Share of learned blocks to exchange at first; it falls to 0 as half a cosine [default: 0.3]
+    #[arg(long, value_parser = parse::below_one, value_name = "F", help_heading = "Training",
+          allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) learn_fraction: Option<f64>,
+    /// Step from which learned blocks stay as they are [default: three quarters of the steps]
+    #[arg(long, value_parser = parse::steps, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) learn_until: Option<u64>,
     /// Seed of weights, batch order and samples [default: 42]
     #[arg(long, value_parser = parse::seed, value_name = "N", help_heading = "Training", allow_negative_numbers = true)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -277,11 +291,22 @@ impl TrainOptions {
         }
         fill!(self, others: fc1_bandwidth fc2_bandwidth mlp_width train_data val_data shuffle steps batch_size seq_len grad_accum
             learning_rate schedule warmup seed val_every val_batches sample_every sample_tokens log
-            checkpoint_every keep milestone_every skip_loss_zscore skip_grad_zscore backend adapter precision);
+            checkpoint_every keep milestone_every skip_loss_zscore skip_grad_zscore learn_every learn_fraction learn_until
+            backend adapter precision);
         self.quiet |= others.quiet;
         self.rescale_init |= others.rescale_init;
         self.resume |= others.resume;
         self
+    }
+
+    /// The first of the options about learned blocks that is given.
+    pub(super) fn learning(&self) -> Option<&'static str> {
+        let given = [
+            ("learn-every", self.learn_every.is_some()),
+            ("learn-fraction", self.learn_fraction.is_some()),
+            ("learn-until", self.learn_until.is_some()),
+        ];
+        given.into_iter().find(|(_, given)| *given).map(|(name, _)| name)
     }
 
     /// The options that choose a device.

@@ -17,6 +17,7 @@ use events::EventFile;
 use indicatif::{ProgressBar, ProgressStyle};
 use lines::{step_of_log, step_of_record};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -50,6 +51,27 @@ pub struct ValRecord {
     pub step: u64,
     /// Mean loss over the validation batches.
     pub val_loss: f32,
+}
+
+/// One exchange of learned blocks, as `--metrics` writes it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ExchangeRecord {
+    /// Steps done.
+    pub step: u64,
+    /// The share of blocks that was dropped; some of these may have come back at once.
+    pub learn_fraction: f64,
+    /// Blocks that are others than before, by tensor.
+    pub exchanged: BTreeMap<String, usize>,
+    /// Learned blocks of all tensors.
+    #[serde(skip)]
+    pub learned: usize,
+}
+
+impl ExchangeRecord {
+    /// Blocks of all tensors that are others than before.
+    pub fn count(&self) -> usize {
+        self.exchanged.values().sum()
+    }
 }
 
 /// A text that the model made up.
@@ -251,6 +273,22 @@ impl Reporter {
             dashboard.validation(record);
         }
         self.note(&format!("step {step}/{} | validation loss {}", self.steps, loss(*val_loss)))
+    }
+
+    /// Learned blocks were exchanged.
+    ///
+    /// # Errors
+    /// A file cannot be opened or written.
+    pub fn exchange(&mut self, record: &ExchangeRecord) -> Result<()> {
+        if let Some(file) = &mut self.files()?.metrics {
+            file.json(record)?;
+        }
+        let ExchangeRecord { step, learn_fraction, learned, .. } = record;
+        let count = record.count();
+        self.note(&format!(
+            "step {step}/{} | {count} of {learned} learned blocks exchanged (fraction {learn_fraction:.4})",
+            self.steps
+        ))
     }
 
     /// A sample is made.

@@ -2,7 +2,7 @@
 
 use crate::band::Band;
 use crate::bandwidths::{Bandwidths, Connections};
-use crate::blocks::{BlockPattern, Density};
+use crate::blocks::{BlockPattern, Density, Start};
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
 use crate::shapes::{Param, ParamTable};
@@ -29,6 +29,10 @@ pub enum Pattern {
     Random,
     /// Strided blocks of a density ([`BlockPattern::Strided`]).
     Strided,
+    /// Blocks of a density that the training exchanges ([`BlockPattern::Learned`]), from random ones by the run's seed.
+    Learned,
+    /// The same from a diagonal band of blocks.
+    LearnedBand,
     /// All of a narrower MLP's, whose weights are as many as those of the band of this amount in these layers.
     SmallDense,
 }
@@ -41,6 +45,8 @@ impl Pattern {
             Pattern::Band => "band",
             Pattern::Random => "random",
             Pattern::Strided => "strided",
+            Pattern::Learned => "learned",
+            Pattern::LearnedBand => "learned-band",
             Pattern::SmallDense => "small-dense",
         }
     }
@@ -52,7 +58,12 @@ impl Pattern {
 
     /// Whether it keeps blocks, which have no bandwidth.
     fn has_blocks(self) -> bool {
-        matches!(self, Pattern::Random | Pattern::Strided)
+        matches!(self, Pattern::Random | Pattern::Strided) || self.is_learned()
+    }
+
+    /// Whether the training exchanges its blocks.
+    pub fn is_learned(self) -> bool {
+        matches!(self, Pattern::Learned | Pattern::LearnedBand)
     }
 }
 
@@ -126,6 +137,12 @@ pub struct Grid {
     pub density: Vec<f64>,
     /// The layers that are cut.
     pub layers: Vec<Layers>,
+    /// Steps between exchanges of learned blocks; none takes the training's own, here and below.
+    pub learn_every: Vec<u64>,
+    /// Shares of learned blocks exchanged at first.
+    pub learn_fraction: Vec<f64>,
+    /// Steps from which learned blocks stay.
+    pub learn_until: Vec<u64>,
     /// Learning rates; none takes the training's own.
     pub learning_rate: Vec<f64>,
     /// Seeds; none takes the training's default.
@@ -139,10 +156,32 @@ pub struct Point {
     pub pattern: Pattern,
     /// How many, in which layers; `None` when dense.
     pub cut: Option<(Layers, Amount)>,
+    /// How blocks are learned.
+    pub learn: Learn,
     /// The learning rate, where the grid gives one.
     pub learning_rate: Option<f64>,
     /// The seed of weights, batch order and samples.
     pub seed: u64,
+}
+
+/// How blocks are learned, where the grid says so ([`crate::learn::LearnRule`]).
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Learn {
+    /// Steps between exchanges.
+    pub every: Option<u64>,
+    /// The share exchanged at first.
+    pub fraction: Option<f64>,
+    /// The step from which blocks stay.
+    pub until: Option<u64>,
+}
+
+impl fmt::Display for Learn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Learn { every, fraction, until } = self;
+        every.map_or(Ok(()), |every| write!(f, "-every{every}"))?;
+        fraction.map_or(Ok(()), |fraction| write!(f, "-fraction{fraction}"))?;
+        until.map_or(Ok(()), |until| write!(f, "-until{until}"))
+    }
 }
 
 /// The seed of a training that names none.
@@ -159,10 +198,7 @@ impl Grid {
             false => self.bandwidth.iter().map(|&bandwidth| Amount::Bandwidth(bandwidth)).collect(),
             true => self.density.iter().map(|&density| Amount::Density(density)).collect(),
         };
-        let rates: Vec<_> = match self.learning_rate.as_slice() {
-            [] => vec![None],
-            rates => rates.iter().copied().map(Some).collect(),
-        };
+        let rates = each_or_none(&self.learning_rate);
         let seeds = if self.seed.is_empty() { &[DEFAULT_SEED] } else { self.seed.as_slice() };
         let mut points = Vec::new();
         for &pattern in &self.pattern {
@@ -173,15 +209,30 @@ impl Grid {
                     self.layers.iter().flat_map(product).collect()
                 }
             };
-            if points.len() + cuts.len().saturating_mul(rates.len()).saturating_mul(seeds.len()) > MOST_RUNS {
+            let learns = if pattern.is_learned() { self.learns() } else { vec![Learn::default()] };
+            let counts = [cuts.len(), learns.len(), rates.len(), seeds.len()];
+            if counts.into_iter().fold(1, usize::saturating_mul).saturating_add(points.len()) > MOST_RUNS {
                 return Err(format!("it has more than {MOST_RUNS} runs; shorten its lists"));
             }
-            for (cut, learning_rate) in cuts.iter().flat_map(|cut| rates.iter().map(move |rate| (cut, *rate))) {
-                let point = |&seed: &u64| Point { pattern, cut: cut.clone(), learning_rate, seed };
+            let variants = cuts.iter().flat_map(|cut| learns.iter().map(move |&learn| (cut, learn)));
+            for ((cut, learn), learning_rate) in variants.flat_map(|one| rates.iter().map(move |&rate| (one, rate))) {
+                let point = |&seed: &u64| Point { pattern, cut: cut.clone(), learn, learning_rate, seed };
                 points.extend(seeds.iter().map(point));
             }
         }
         Ok(points)
+    }
+
+    /// Every way of learning that the lists hold.
+    fn learns(&self) -> Vec<Learn> {
+        let mut learns = Vec::new();
+        for &every in &each_or_none(&self.learn_every) {
+            for &fraction in &each_or_none(&self.learn_fraction) {
+                let learn = |until| Learn { every, fraction, until };
+                learns.extend(each_or_none(&self.learn_until).into_iter().map(learn));
+            }
+        }
+        learns
     }
 
     fn check(&self) -> std::result::Result<(), String> {
@@ -220,6 +271,7 @@ impl Grid {
         if let Some(density) = self.density.iter().find(|density| !(**density > 0.0 && **density < 1.0)) {
             return Err(format!("density holds {density}, but it must lie between 0 and 1"));
         }
+        self.check_learning()?;
         if let Some(rate) = self.learning_rate.iter().find(|rate| !(rate.is_finite() && **rate > 0.0)) {
             return Err(format!("learning-rate holds {rate}, but it must be above 0"));
         }
@@ -229,15 +281,37 @@ impl Grid {
         self.check_repetitions()
     }
 
+    fn check_learning(&self) -> std::result::Result<(), String> {
+        let lists = [
+            ("learn-every", self.learn_every.len()),
+            ("learn-fraction", self.learn_fraction.len()),
+            ("learn-until", self.learn_until.len()),
+        ];
+        let learns = self.pattern.iter().any(|pattern| pattern.is_learned());
+        if let Some((key, _)) = lists.into_iter().find(|(_, len)| *len > 0 && !learns) {
+            return Err(format!(
+                "{key} is for the patterns learned and learned-band; list one of them, or leave it out"
+            ));
+        }
+        if let Some(fraction) = self.learn_fraction.iter().find(|fraction| !(0.0..1.0).contains(*fraction)) {
+            return Err(format!("learn-fraction holds {fraction}, but it must be at least 0 and below 1"));
+        }
+        Ok(())
+    }
+
     fn check_repetitions(&self) -> std::result::Result<(), String> {
         let texts = |values: &[f64]| values.iter().map(f64::to_string).collect();
-        let lists: [(&str, Vec<String>); 6] = [
+        let steps = |values: &[u64]| values.iter().map(u64::to_string).collect();
+        let lists: [(&str, Vec<String>); 9] = [
             ("pattern", self.pattern.iter().map(|pattern| pattern.name().to_string()).collect()),
             ("bandwidth", self.bandwidth.iter().map(Bandwidths::to_string).collect()),
             ("density", texts(&self.density)),
             ("layers", self.layers.iter().map(|layers| layers.name().to_string()).collect()),
+            ("learn-every", steps(&self.learn_every)),
+            ("learn-fraction", texts(&self.learn_fraction)),
+            ("learn-until", steps(&self.learn_until)),
             ("learning-rate", texts(&self.learning_rate)),
-            ("seed", self.seed.iter().map(u64::to_string).collect()),
+            ("seed", steps(&self.seed)),
         ];
         for (key, values) in lists {
             let mut seen = BTreeSet::new();
@@ -254,7 +328,7 @@ impl Point {
     pub fn group(&self) -> String {
         let mut name = self.pattern.name().to_string();
         if let Some((layers, amount)) = &self.cut {
-            name = format!("{name}-{}-{amount}", layers.name());
+            name = format!("{name}-{}-{amount}{}", layers.name(), self.learn);
         }
         match self.learning_rate {
             Some(rate) => format!("{name}-lr{rate:e}"),
@@ -274,6 +348,8 @@ impl Point {
         })?;
         let pattern = match self.pattern {
             Pattern::Random => BlockPattern::Random { density, seed: self.seed as u32 },
+            Pattern::Learned => BlockPattern::Learned { density, start: Start::Random(self.seed as u32) },
+            Pattern::LearnedBand => BlockPattern::Learned { density, start: Start::Band },
             _ => BlockPattern::Strided { density },
         };
         Ok(Connections::Pattern(pattern))
@@ -307,9 +383,17 @@ impl Point {
         }
         match self.pattern {
             Pattern::Dense => Ok(dense),
-            Pattern::Band | Pattern::Random | Pattern::Strided => Ok(banded),
             Pattern::SmallDense => Ok(dense.with_mlp_width(width_of(&dense, kept))),
+            Pattern::Band | Pattern::Random | Pattern::Strided | Pattern::Learned | Pattern::LearnedBand => Ok(banded),
         }
+    }
+}
+
+/// Each value of a list, or nothing where it is empty.
+fn each_or_none<T: Copy>(values: &[T]) -> Vec<Option<T>> {
+    match values {
+        [] => vec![None],
+        values => values.iter().copied().map(Some).collect(),
     }
 }
 
@@ -382,6 +466,32 @@ mod tests {
             ("pattern = ['band']\nbandwidth = ['8,random:0.5']\nlayers = ['fc1']", "list it under pattern"),
         ] {
             let what = toml::from_str::<Grid>(text).unwrap().points().unwrap_err();
+            assert!(what.contains(words), "{what}");
+        }
+    }
+
+    #[test]
+    fn learned_blocks_have_axes_of_their_own() {
+        let model = preset("tinystories-51m").unwrap().model;
+        let text = "pattern = ['band', 'learned', 'learned-band']\ndensity = [0.5]\nlayers = ['fc1']\nseed = [7]\n\
+                    learn-every = [50, 100]\nlearn-fraction = [0.2]";
+        let points = points(text);
+        let names: Vec<String> = points.iter().map(Point::name).collect();
+        let expected = [
+            "band-fc1-density0.5-s7",
+            "learned-fc1-density0.5-every50-fraction0.2-s7",
+            "learned-fc1-density0.5-every100-fraction0.2-s7",
+        ];
+        assert_eq!((names.len(), &names[..3]), (5, expected.map(String::from).as_slice()));
+        assert_eq!(points[1].learn, Learn { every: Some(50), fraction: Some(0.2), until: None });
+        let fc1 = |point: &Point| point.config(&model).unwrap().fc1_bandwidth.to_string();
+        assert_eq!([fc1(&points[1]), fc1(&points[4])], ["learned:0.5:7", "learned:0.5:band"]);
+        for (old, new, words) in [
+            ("'learned', 'learned-band'", "'random'", "learn-every is for the patterns learned and learned-band"),
+            ("0.2", "1.0", "learn-fraction holds 1, but it must be at least 0 and below 1"),
+            ("[50, 100]", "[50, 50]", "learn-every holds 50 twice"),
+        ] {
+            let what = toml::from_str::<Grid>(&text.replace(old, new)).unwrap().points().unwrap_err();
             assert!(what.contains(words), "{what}");
         }
     }

@@ -10,7 +10,7 @@ mod page;
 mod results;
 mod segments;
 
-pub use grid::{Amount, DEFAULT_SEED, Grid, Layers, Pattern, Point};
+pub use grid::{Amount, DEFAULT_SEED, Grid, Layers, Learn, Pattern, Point};
 pub use outcome::{Energy, Facts, Measured, Outcome, Status};
 pub use page::{PAGE_FILE, write as write_page};
 pub use results::{Group, Results, Row, Spread};

@@ -5,10 +5,12 @@ use crate::atomic::AtomicFile;
 use crate::bandwidths::Bandwidths;
 use crate::config::GptConfig;
 use crate::error::{Error, Result};
+use crate::learn::LearnRule;
 use crate::output::quoted;
 use crate::plot::{Curve, Run};
 use crate::shapes::{Param, ParamTable};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -48,6 +50,9 @@ pub struct Facts {
     pub parameters: usize,
     /// Bytes of the parameters as they are stored in fp32, packed, with their padding.
     pub weight_bytes: usize,
+    /// When learned blocks are exchanged; `None` when there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learn: Option<LearnRule>,
     /// The learning rate at its peak.
     pub learning_rate: f64,
     /// The seed of weights, batch order and samples.
@@ -55,11 +60,11 @@ pub struct Facts {
 }
 
 impl Facts {
-    /// The facts of a point of a grid whose model has these sizes.
+    /// The facts of a point of a grid whose model has these sizes and learns its blocks by this rule, if any.
     ///
     /// # Errors
     /// Sizes that do not fit each other.
-    pub fn new(point: &Point, config: &GptConfig, learning_rate: f64) -> Result<Self> {
+    pub fn new(point: &Point, config: &GptConfig, learn: Option<LearnRule>, learning_rate: f64) -> Result<Self> {
         let table = ParamTable::new(config)?;
         let weights = |param| table.weights(config, param);
         let (fc1, fc2) = (weights(Param::Fcw), weights(Param::Fcprojw));
@@ -80,6 +85,7 @@ impl Facts {
             mlp_weights: fc1 + fc2,
             parameters: table.count(config),
             weight_bytes: table.len() * size_of::<f32>(),
+            learn,
             learning_rate,
             seed: point.seed,
         })
@@ -154,6 +160,9 @@ pub struct Measured {
     pub energy: Energy,
     /// Bytes of device memory that the training was estimated to take.
     pub memory_bytes: usize,
+    /// The learned blocks in the end, by tensor, as [`crate::blocks::Blocks::to_text`] writes them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub blocks: BTreeMap<String, String>,
     /// The device and its arithmetic.
     pub device: String,
     /// The program.
@@ -184,6 +193,7 @@ impl Measured {
             wall_seconds: None,
             energy: Energy { joules: None, joules_note: None },
             memory_bytes: 0,
+            blocks: BTreeMap::new(),
             device: String::new(),
             version: String::new(),
         })

@@ -2,15 +2,17 @@
 
 use super::charts::{Chart, PALE, PALETTE, Series};
 use super::grid::Pattern;
-use super::outcome::Status;
+use super::outcome::{Facts, Status};
 use super::results::{Group, Results, Row};
 use crate::VERSION;
 use crate::atomic::AtomicFile;
 use crate::band::Band;
 use crate::bandwidths::Connections;
+use crate::blocks::Blocks;
 use crate::error::{Error, Result};
 use crate::output::{bytes, grouped, joules, loss};
 use crate::plot::{Curve, Run};
+use crate::shapes::Param;
 use minijinja::Environment;
 use minijinja::value::Serde;
 use serde::{Deserialize, Serialize};
@@ -259,7 +261,8 @@ fn table_row(group: &Group, groups: &[Group]) -> Vec<String> {
 }
 
 /// Each different layer once: bands by their exact geometry, narrower MLPs by their width, and of random patterns, which are
-/// others in every layer, the first layer's.
+/// others in every layer, the first layer's. Of learned blocks those that the first finished run of each group ended with, of the
+/// first layer too.
 fn pictures(results: &Results) -> Result<Vec<Figure>> {
     let (mut figures, mut seen) = (Vec::new(), BTreeSet::new());
     for row in &results.runs {
@@ -268,7 +271,7 @@ fn pictures(results: &Results) -> Result<Vec<Figure>> {
         let blocks = facts.num_layers;
         let bandwidths = [facts.fc1_bandwidth, facts.fc2_bandwidth].into_iter();
         for connections in bandwidths.flat_map(|all| (0..blocks).map(move |block| all.of(block, blocks))) {
-            if !seen.insert((wide, connections)) {
+            if connections.is_learned() || !seen.insert((wide, connections)) {
                 continue;
             }
             let (title, svg, kept) = match connections {
@@ -287,11 +290,37 @@ fn pictures(results: &Results) -> Result<Vec<Figure>> {
                     (pattern.to_string(), band.svg(), band.density())
                 }
             };
-            let note = format!("{:.3} % of {narrow} x {full} connections", 100.0 * kept);
+            let note = note(kept, narrow, full);
             figures.push(Figure { title, note, svg });
         }
     }
+    for group in results.groups() {
+        if let Some(row) = results.with(Status::Done).find(|row| row.facts.group == group.group) {
+            figures.extend(learned(row)?);
+        }
+    }
     Ok(figures)
+}
+
+/// The blocks that a run's first layers learned, FC1's and FC2's; none when it learned none.
+fn learned(row: &Row) -> Result<Vec<Figure>> {
+    let (Facts { name, channels: narrow, mlp_width: wide, .. }, mut figures) = (&row.facts, Vec::new());
+    for (layer, kind) in [("FC1", Param::Fcw), ("FC2", Param::Fcprojw)] {
+        let text = row
+            .measured
+            .as_ref()
+            .and_then(|run| (0..row.facts.num_layers).find_map(|layer| run.blocks.get(&kind.name_in(layer))));
+        if let Some(blocks) = text.and_then(|text| Blocks::from_text(text, *narrow, *wide)) {
+            let band = Band::of_blocks(*narrow, *wide, blocks)?;
+            let title = format!("{name}: {layer} after training");
+            figures.push(Figure { title, note: note(band.density(), *narrow, 4 * narrow), svg: band.svg() });
+        }
+    }
+    Ok(figures)
+}
+
+fn note(kept: f64, narrow: usize, full: usize) -> String {
+    format!("{:.3} % of {narrow} x {full} connections", 100.0 * kept)
 }
 
 /// A layer of which the upper part of the wide axis exists, in the frame of [`Band::svg`].

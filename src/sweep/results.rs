@@ -204,7 +204,7 @@ fn measured<T: ToString>(row: &Row, value: impl FnOnce(&Measured) -> T) -> Strin
     known(row.measured.as_ref().map(value))
 }
 
-const RUN_COLUMNS: [Column<Row>; 31] = [
+const RUN_COLUMNS: [Column<Row>; 34] = [
     ("name", |row| row.facts.name.clone()),
     ("group", |row| row.facts.group.clone()),
     ("pattern", |row| row.facts.pattern.name().to_string()),
@@ -218,6 +218,9 @@ const RUN_COLUMNS: [Column<Row>; 31] = [
     ("mlp_weights", |row| row.facts.mlp_weights.to_string()),
     ("parameters", |row| row.facts.parameters.to_string()),
     ("weight_bytes", |row| row.facts.weight_bytes.to_string()),
+    ("learn_every", |row| known(row.facts.learn.map(|rule| rule.every))),
+    ("learn_fraction", |row| known(row.facts.learn.map(|rule| rule.fraction))),
+    ("learn_until", |row| known(row.facts.learn.map(|rule| rule.until))),
     ("learning_rate", |row| row.facts.learning_rate.to_string()),
     ("seed", |row| row.facts.seed.to_string()),
     ("status", |row| row.status.name().to_string()),

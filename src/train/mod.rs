@@ -1,5 +1,6 @@
 //! The training loop: accumulate, update, validate, sample, write checkpoints, stop when asked to.
 
+mod learner;
 pub mod progress;
 pub mod spike;
 
@@ -9,6 +10,7 @@ use crate::data::{Loader, Position, StreamDecoder, Tokenizer};
 use crate::error::{Error, Result};
 use crate::every::Every;
 use crate::generate::{Generator, Sampler, Sampling};
+use crate::learn::LearnRule;
 use crate::model::{Activations, Model};
 use crate::optim::{Hyperparameters, Optimizer, Schedule, StepResult};
 use crate::report::{Reporter, SampleRecord, StepRecord, ValRecord};
@@ -18,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+pub use learner::Learner;
 pub use progress::{Progress, Report};
 use spike::{SpikeRule, Spikes, Verdict};
 
@@ -50,6 +53,8 @@ pub struct TrainPlan {
     pub sample_tokens: usize,
     /// Which updates are left out.
     pub skip: SpikeRule,
+    /// When learned blocks are exchanged; `None` leaves them as they are.
+    pub learn: Option<LearnRule>,
     /// When checkpoints are written; 0 steps writes one at the end only.
     pub checkpoint_every: Every,
     /// Which older ones stay.
@@ -85,6 +90,8 @@ pub struct Trainer<'a, B: Backend> {
     /// The result that is still on its way from the device.
     pending: Option<Unfinished<B>>,
     spikes: Spikes,
+    /// What exchanges learned blocks, as long as some are to be.
+    learner: Option<Learner<B>>,
     series: Series,
     /// The last checkpoint, with the step after which it was written, and when.
     saved: Option<(u64, PathBuf)>,
@@ -103,6 +110,8 @@ struct Unfinished<B: Backend> {
     learning_rate: f64,
     /// Where its batches begin.
     position: Position,
+    /// Whether learned blocks are exchanged after it.
+    learns: bool,
 }
 
 impl<'a, B: Backend> Trainer<'a, B> {
@@ -121,6 +130,10 @@ impl<'a, B: Backend> Trainer<'a, B> {
             plan,
             optimizer: Optimizer::new(model)?,
             acts: Activations::new(model, plan.batch_size, plan.seq_len, true)?,
+            learner: match plan.learn.filter(|rule| rule.goes_on_after(0)) {
+                Some(rule) => Learner::new(model, rule)?,
+                None => None,
+            },
             model,
             generator: None,
             tokenizer,
@@ -243,31 +256,45 @@ impl<'a, B: Backend> Trainer<'a, B> {
     /// skipped, it decides over the update and is waited for.
     fn step(&mut self, train: &mut Loader, step: u64) -> Result<()> {
         let plan = self.plan;
+        let learns = self.learner.as_ref().is_some_and(|learner| learner.is_due(step));
+        if learns {
+            // Whatever a report may end in, a checkpoint must not come between the update and the exchange that follows it.
+            self.collect(train, step - 1)?;
+        }
         let position = train.position();
-        self.micro_steps(train)?;
+        self.micro_steps(train, learns)?;
         let learning_rate = plan.schedule.learning_rate(plan.learning_rate, step, plan.steps, plan.warmup);
         let result = match plan.skip.is_on() {
             true => self.optimizer.measure(self.model)?,
             false => self.optimizer.update(self.model, &plan.hyper, learning_rate)?,
         };
         self.collect(train, step - 1)?;
-        self.pending = Some(Unfinished { result, learning_rate, position });
-        if B::SYNCHRONOUS || plan.skip.is_on() { self.collect(train, step) } else { Ok(()) }
+        self.pending = Some(Unfinished { result, learning_rate, position, learns });
+        if B::SYNCHRONOUS || plan.skip.is_on() || learns {
+            self.collect(train, step)?;
+        }
+        // What nobody needs any more gives its memory back.
+        self.learner = self.learner.take().filter(|learner| learner.goes_on_after(step));
+        Ok(())
     }
 
-    /// Records the gradients of the next step's batches.
-    fn micro_steps(&mut self, train: &mut Loader) -> Result<()> {
+    /// Records the gradients of the next step's batches, where blocks are learned by them the whole ones too.
+    fn micro_steps(&mut self, train: &mut Loader, learns: bool) -> Result<()> {
         for micro_step in 0..self.plan.grad_accum {
             train.next_batch(&mut self.inputs, &mut self.targets)?;
             self.model.upload_batch(&mut self.acts, &self.inputs, &self.targets)?;
-            self.optimizer.micro_step(self.model, &mut self.acts, micro_step, self.plan.grad_accum)?;
+            let whole = self.learner.as_mut().filter(|_| learns).map(Learner::gradients);
+            let most = self.plan.grad_accum;
+            self.optimizer.micro_step_with(whole, self.model, &mut self.acts, micro_step, most)?;
         }
         Ok(())
     }
 
     /// Waits for the result of `step`, if it is still out, judges it and reports it.
     fn collect(&mut self, train: &mut Loader, step: u64) -> Result<()> {
-        let Some(Unfinished { result, learning_rate: lr, position }) = self.pending.take() else { return Ok(()) };
+        let Some(Unfinished { result, learning_rate: lr, position, learns }) = self.pending.take() else {
+            return Ok(());
+        };
         let (train_loss, grad_norm) = result.collect(self.model)?;
         let skipped = match self.spikes.judge(&self.plan.skip, train_loss, grad_norm) {
             Verdict::Update => None,
@@ -279,6 +306,13 @@ impl<'a, B: Backend> Trainer<'a, B> {
             (true, None) => self.optimizer.apply(self.model, &self.plan.hyper, lr)?,
             (true, Some(_)) => self.optimizer.skip(self.model)?,
         }
+        // By gradients that are no good for an update no block is judged.
+        let exchange = match &self.learner {
+            Some(learner) if learns && skipped.is_none() => {
+                Some(learner.exchange(self.model, &mut self.optimizer, step)?)
+            }
+            _ => None,
+        };
         let seconds = self.clock.elapsed().as_secs_f64().max(1e-9);
         self.clock = Instant::now();
         let step_tokens = (self.plan.grad_accum * self.acts.dims().rows()) as u64;
@@ -291,7 +325,8 @@ impl<'a, B: Backend> Trainer<'a, B> {
             tok_per_s: step_tokens as f64 / seconds,
             step_ms: seconds * 1e3,
             skipped,
-        })
+        })?;
+        exchange.map_or(Ok(()), |exchange| self.reporter.exchange(&exchange))
     }
 
     /// The error that ends a training whose loss or gradient is not finite.
@@ -315,7 +350,7 @@ impl<'a, B: Backend> Trainer<'a, B> {
     /// made, so the weights are still those that led to them.
     fn cause_of_divergence(&mut self, train: &mut Loader, position: Position) -> Result<String> {
         train.seek(position)?;
-        self.micro_steps(train)?;
+        self.micro_steps(train, false)?;
         let grads = self.optimizer.grads(self.model)?;
         let table = self.model.table();
         let is_broken = |tensor: &&Tensor| grads[tensor.span.range()].iter().any(|gradient| !gradient.is_finite());

@@ -5,6 +5,7 @@ mod commands;
 mod common;
 mod dashboard;
 mod interrupts;
+mod learned;
 mod mistakes;
 mod mistakes_files;
 mod patterns;

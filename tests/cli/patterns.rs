@@ -78,7 +78,7 @@ fn what_makes_no_pattern_is_a_mistake() {
     place.write("bad.toml", "fc1-bandwidth = \"random:7\"\n");
     place.mistake("--config bad.toml", "the density '7' must lie between 0 and 1");
     for flag in ["-w ", "-2 ", "--fc2-bandwidth=", "init --preset toy -o m.safetensors -w ", "band -w "] {
-        place.mistake(&format!("{flag}chess:0.5"), "there is no pattern 'chess'; choose random or strided");
+        place.mistake(&format!("{flag}chess:0.5"), "there is no pattern 'chess'; choose random, strided or learned");
         place.mistake(&format!("{flag}random"), "random lacks its density, as in random:0.438");
         place.mistake(&format!("{flag}random:1.5"), "the density '1.5' must lie between 0 and 1");
         place.mistake(&format!("{flag}strided:0"), "the density '0' must lie between 0 and 1");

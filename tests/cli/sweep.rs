@@ -191,6 +191,43 @@ fn checkpoints_go_where_they_are_not_kept() {
     assert!(place.ok("sweep grid.toml --only dense-s1").contains("0 of 6 runs to do"));
 }
 
+/// Learned blocks beside random ones: how they are learned varies too, and the page shows what they came to.
+#[test]
+fn learned_blocks_are_swept() {
+    let grid = GRID
+        .replace("[train]", "keep-checkpoints = false\n[train]\nlearn-every = 1\nlearn-until = 4")
+        .replace("[\"dense\", \"band\"]", "[\"random\", \"learned\", \"learned-band\"]")
+        .replace("bandwidth = [64, 128]", "density = [0.5]\nlearn-fraction = [0.9]")
+        .replace("layers = [\"fc1\"]", "layers = [\"both\"]")
+        .replace("seed = [1, 2]", "seed = [1]");
+    let place = place(&grid);
+    let stdout = place.ok("sweep grid.toml");
+    let runs = rows(&place, "runs/grid/results.csv");
+    let names = [
+        "random-both-density0.5-s1",
+        "learned-both-density0.5-fraction0.9-s1",
+        "learned-band-both-density0.5-fraction0.9-s1",
+    ];
+    assert_eq!(runs.iter().map(|row| row["name"].as_str()).collect::<Vec<_>>(), names, "{stdout}");
+    let learn =
+        |row: &BTreeMap<String, String>| ["learn_every", "learn_fraction", "learn_until"].map(|key| row[key].clone());
+    assert_eq!(learn(&runs[0]), [""; 3]);
+    assert_eq!(learn(&runs[1]), ["1", "0.9", "4"]);
+    assert!(runs.iter().all(|row| row["status"] == "done" && row["mlp_density"] == "0.5"));
+    let json: Value = serde_json::from_str(&place.read("runs/grid/results.json")).unwrap();
+    assert_eq!(json["runs"][1]["blocks"].as_object().unwrap().len(), 8);
+    let page = place.read("runs/grid/report.html");
+    for name in &names[1..] {
+        assert!(page.contains(&format!("{name}: FC1 after training")), "{name}");
+        assert!(page.contains(&format!("{name}: FC2 after training")), "{name}");
+    }
+    // The page is made again of the tables alone.
+    place.ok("report runs/grid --output again.html");
+    assert!(place.read("again.html").contains("FC2 after training"));
+    place.write("grid.toml", grid.replace("learn-until = 4", "learn-fraction = 0.2"));
+    place.mistake("sweep grid.toml", "[train] and [[grid]] both give learn-fraction");
+}
+
 #[test]
 fn mistakes_in_the_file_are_told() {
     let changes = [
@@ -198,7 +235,7 @@ fn mistakes_in_the_file_are_told() {
         (
             "\"band\"]",
             "\"bands\"]",
-            "line 15: unknown variant `bands`, expected one of `dense`, `band`, `random`, `strided`, `small-dense`",
+            "line 15: unknown variant `bands`, expected one of `dense`, `band`, `random`, `strided`, `learned`, `learned-band`, `small-dense`",
         ),
         ("bandwidth = [64, 128]", "", "it cuts layers, but not to what; give bandwidth = [...]"),
         ("bandwidth = [64, 128]", "bandwidth = [0]", "bandwidth holds 0, which means dense"),
@@ -221,6 +258,8 @@ fn mistakes_in_the_file_are_told() {
         ("steps = 4", "steps = 0", "it must be at least 1"),
         ("preset = \"toy\"", "train-data = \"x.bin\"", "but not the val-data"),
         ("[[grid]]", "[[grids]]", "unknown field `grids`"),
+        ("preset = \"toy\"", "learn-every = 3", "[train] sets learn-every, but no grid has the pattern learned"),
+        ("seed = [1, 2]", "learn-until = [3]", "learn-until is for the patterns learned and learned-band"),
     ];
     for (old, new, words) in changes {
         assert!(GRID.contains(old), "{old}");
