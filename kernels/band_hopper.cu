@@ -10,8 +10,8 @@
 //
 // Shapes: as in `band.cu`. The maps describe activations to the copy engine, in boxes of 64 columns: of 256 rows for x, of 128 for y
 //   and pre, of 64 for wide and narrow. The table's lists (src/backend/cuda/band_hopper.rs): for each tile of BLOCK_COLS narrow
-//   columns the panels that touch its left half alone, then the others that touch it; the tiles of the outer product as (group
-//   of 2 PANELS panels, first column, whether it is the first tile of these rows). BLOCKS: as in `band.cu`, for expand.
+//   columns the panels that touch its left half alone, then the others that touch it; the tiles of the outer product as (first
+//   of its 2 PANELS panels, first row, first column, whether it is the first of these rows). BLOCKS: as in `band.cu`, for expand.
 // Dtypes: bf16 operands and results, float bias, dP and dbias, sums in float.
 // Grid: blocks that stay, one on each multiprocessor; each takes every gridDim.x-th tile. Of the outer product, tiles that would
 //   leave most blocks idle in a last round are cut along the batch's rows into pieces. Two warpgroups multiply: of expand and
@@ -654,8 +654,8 @@ struct OuterTile {
     bool adds;  // whether it is the one of its rows that sums the wide values
 
     __device__ __forceinline__ OuterTile(const Work& work, int tile) {
-        const u32* words = work.table + work.tiles_at + 3 * tile;
-        panel = (int)words[0] * WIDE_BOXES, row = panel_at(work.table, panel).row, col = (int)words[1], adds = words[2];
+        const u32* words = work.table + work.tiles_at + 4 * tile;
+        panel = words[0], row = words[1], col = words[2], adds = words[3];
     }
 };
 

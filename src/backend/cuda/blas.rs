@@ -129,9 +129,9 @@ impl Blas {
     pub(super) fn prepare(&mut self, shape: Shape, driver: &Driver) -> Result<()> {
         match self.can(shape, driver)? {
             true => Ok(()),
-            false => {
-                Err(fault("choosing an algorithm")(result::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED)))
-            }
+            false => Err(fault("choosing an algorithm")(result::CublasError(
+                sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED,
+            ))),
         }
     }
 
