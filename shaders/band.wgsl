@@ -15,9 +15,9 @@
 //   and to each `slice` of their columns. What the band does not touch has no group and is not loaded, and threads whose
 //   slice it does not touch do not multiply. Of outer a tile's start and end are the columns of the narrow side that it sums
 //   up for a bias gradient (`sum_narrow`), so that each column is one tile's; of its wide rows (`sum_wide`) the first tile does.
-//   Behind these it has the first panel of its rows. Where blocks stand in the band's place (`blocks`: 128 wide rows x 64 columns,
-//   two panels each), several panels have the same rows: of expand start and end are the blocks of the tile's rows, of contract
-//   where in the table the blocks of its columns are listed, and each of them is a depth of its own.
+//   Where blocks stand in the band's place (`blocks`: 128 wide rows x 64 columns, two panels each), several panels have the same
+//   rows: of expand start and end are the blocks of the tile's rows, of contract where in the table the blocks of its columns are
+//   listed, and each of them is a depth of its own; outer's tiles have the first panel of their rows behind start and end.
 // Determinism: each element is summed by one thread in a fixed order; parts of tiles are added up by reduce.wgsl.
 // Caller: src/backend/wgpu/band.rs.
 {% import "matrix.wgsl" as matrix %}
@@ -58,11 +58,6 @@ struct Tile {
     col: u32,
     start: u32,
     end: u32,
-{%- set words = 4 %}
-{%- if entry == "band_outer" %}
-{%- set words = 5 %}
-    panel: u32,
-{%- endif %}
     // and where its slices follow
     slices: u32,
 }
@@ -75,9 +70,14 @@ fn panel_of(index: u32) -> Panel {
     return Panel(table[at], table[at + 1u], table[at + 2u], table[at + 3u], table[at + 4u]);
 }
 
+{%- set words = 5 if entry == "band_outer" and blocks else 4 %}
+fn tile_at(index: u32) -> u32 {
+    return p.tiles_at + {{ words + 2 * (bn // slice) }}u * index;
+}
+
 fn tile_of(index: u32) -> Tile {
-    let at = p.tiles_at + {{ words + 2 * (bn // slice) }}u * index;
-    return Tile(table[at], table[at + 1u], table[at + 2u], table[at + 3u]{{ ", table[at + 4u]" if words == 5 }}, at + {{ words }}u);
+    let at = tile_at(index);
+    return Tile(table[at], table[at + 1u], table[at + 2u], table[at + 3u], at + {{ words }}u);
 }
 
 // From where to where the band joins a depth to slice `index` of a tile.
@@ -176,8 +176,14 @@ fn band_outer(@builtin(workgroup_id) id: vec3<u32>, {{ matrix.invocation(subgrou
 {{ matrix.accumulators("acc", tm, tn) }}
 {{- matrix.product("acc", tile, left, right, "start", "end", when="own.x < own.y" if slice < bn else "") }}
     for (var part = share; part < shares; part += 1u) {
+{%- if blocks %}
+    let panel = table[tile_at(tile) + 4u];
+{%- else %}
+    // (Without a word of its own: one more value kept during the product makes outer 1.6 times as slow on large cards.)
+    let panel = area.row / 64u;
+{%- endif %}
 {%- for i in range(tm) %}{% for j in range(tn // 4) %}
-    finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, slice, tn) }}, area.panel + ({{ matrix.row(i, bm, tm) }}) / 64u, part, acc{{ i }}_{{ j }});
+    finish(area.row + {{ matrix.row(i, bm, tm) }}, area.col + {{ matrix.col(j, slice, tn) }}, panel + ({{ matrix.row(i, bm, tm) }}) / 64u, part, acc{{ i }}_{{ j }});
 {%- endfor %}{% endfor %}
 {{- matrix.clear("acc", tm, tn) }}
 {%- if summed %}

@@ -43,10 +43,16 @@ impl Counter {
             name.is_ok_and(|name| !name.is_empty() && device.contains(&name))
         };
         let named: Vec<u32> = (0..count).filter(is_named).collect();
-        let index = match named.as_slice() {
-            [only] => *only,
-            [] => return Err("NVIDIA's driver knows no card of this device's name".to_string()),
-            several => return Err(format!("{} cards have this device's name", several.len())),
+        let used: Vec<u32> = named.iter().copied().filter(|&index| is_used(&nvml, index)).collect();
+        let index = match (named.as_slice(), used.as_slice()) {
+            ([only], _) | (_, [only]) => *only,
+            ([], _) => return Err("NVIDIA's driver knows no card of this device's name".to_string()),
+            (several, _) => {
+                let count = several.len();
+                return Err(format!(
+                    "{count} cards have this device's name, and the driver does not say which is used"
+                ));
+            }
         };
         let counter = Self { nvml, index, start: 0 };
         let start = counter.read()?;
@@ -58,6 +64,16 @@ impl Counter {
         let energy = self.nvml.device_by_index(self.index).and_then(|card| card.total_energy_consumption());
         energy.map_err(|error| format!("the card does not tell its energy: {error}"))
     }
+}
+
+/// Whether the driver says that this program uses a card.
+fn is_used(nvml: &Nvml, index: u32) -> bool {
+    let processes = nvml.device_by_index(index).map(|card| {
+        let compute = card.running_compute_processes().unwrap_or_default();
+        let graphics = card.running_graphics_processes().unwrap_or_default();
+        compute.into_iter().chain(graphics).map(|process| process.pid).collect::<Vec<_>>()
+    });
+    processes.is_ok_and(|pids| pids.contains(&std::process::id()))
 }
 
 #[cfg(test)]

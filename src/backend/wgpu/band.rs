@@ -42,7 +42,7 @@ struct Area {
     row: usize,
     col: usize,
     depth: Range<usize>,
-    /// Of outer, the first panel of its rows.
+    /// Of outer over blocks, the first panel of its rows.
     panel: Option<usize>,
     slices: Vec<Range<usize>>,
 }
@@ -98,7 +98,7 @@ fn outer_areas(band: &Band, tile: Tile, slice: usize) -> Vec<Area> {
             row,
             col,
             depth: col..window.end.min(col + tile.bn),
-            panel: Some(panel),
+            panel: band.blocks().map(|_| panel),
             slices: (col..window.end.min(col + tile.bn)).step_by(slice).map(|_| 0..1).collect(),
         };
         window.clone().step_by(tile.bn).map(area)
@@ -207,9 +207,10 @@ type Summed = Option<&'static str>;
 const SUM_WIDE: &str = "sum_wide";
 const SUM_NARROW: &str = "sum_narrow";
 
-fn outer_kernel(tuning: &Tuning, fit: Fit, even: bool, summed: Summed) -> Kernel {
+fn outer_kernel(tuning: &Tuning, fit: Fit, blocks: bool, even: bool, summed: Summed) -> Kernel {
     let tile = tuning.outer;
     let kernel = kernel(tuning, OUTER, tile, slice_of(tuning, OUTER, tile), fit).with(&[("even", u32::from(even))]);
+    let kernel = if blocks { kernel.with(&[("blocks", 1)]) } else { kernel };
     match summed {
         Some(flag) => kernel.with(&[(flag, 1)]),
         None => kernel,
@@ -240,7 +241,9 @@ pub(super) fn kernels(tuning: &Tuning) -> Vec<Kernel> {
         }
         let summed = if sums_columns(tuning) { &[None, Some(SUM_WIDE), Some(SUM_NARROW)][..] } else { &[None] };
         for &summed in summed {
-            kernels.extend([false, true].map(|even| outer_kernel(tuning, fit, even, summed)));
+            for (blocks, even) in [(false, false), (false, true), (true, false), (true, true)] {
+                kernels.push(outer_kernel(tuning, fit, blocks, even, summed));
+            }
         }
     }
     kernels
@@ -441,7 +444,7 @@ impl BandLinear for Wgpu {
             let part = |cols: usize| Span { offset: first * cols, len: count * cols };
             let deal = self.tuning.deal(tile, list.count, count);
             let fit = table.fit(count, count.is_multiple_of(tile.bk));
-            let kernel = outer_kernel(&self.tuning, fit, deal.even, summed);
+            let kernel = outer_kernel(&self.tuning, fit, table.blocks, deal.even, summed);
             let parts = match deal.shares {
                 1 => None,
                 shares => Some(self.scratch("parts of a product", shares * table.packed_len)?),
