@@ -21,7 +21,7 @@ pub fn check_learning<B: Backend>(device: B, twin: B, successor: B) {
     let mut twin = Some(twin);
     let (fc1, fc2) = ("learned:0.5:3".parse().unwrap(), "learned:0.4:band".parse().unwrap());
     let toy = preset("toy").unwrap().model;
-    let config = GptConfig { num_layers: 2, fc1_bandwidth: fc1, fc2_bandwidth: fc2, ..toy }.with_mlp_width(700);
+    let config = GptConfig { num_layers: 2, fc1_bandwidth: fc1, fc2_bandwidth: fc2, ..toy }.with_mlp_width(701);
     let start = Weights::init(&config, 4).unwrap();
     let mut model = Model::new(device, &start).unwrap();
     let mut acts = Activations::new(&mut model, 2, 50, true).unwrap();
@@ -107,7 +107,7 @@ fn check_exchange(before: &Weights, after: &Weights) {
         };
         assert_eq!(band.blocks().unwrap().count(), former.blocks().unwrap().count());
         for (k, (old, new)) in old.iter().zip(&new).enumerate() {
-            let (j, i) = if param == Param::Fcw { (k / 128, k % 128) } else { (k % 700, k / 700) };
+            let (j, i) = if param == Param::Fcw { (k / band.narrow(), k % band.narrow()) } else { (k % band.wide(), k / band.wide()) };
             let expected = if band.contains(j, i) && former.contains(j, i) { *old } else { 0.0 };
             assert_eq!(new.to_bits(), expected.to_bits(), "{} at {j}, {i}", tensor.name());
         }
