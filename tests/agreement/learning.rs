@@ -107,7 +107,11 @@ fn check_exchange(before: &Weights, after: &Weights) {
         };
         assert_eq!(band.blocks().unwrap().count(), former.blocks().unwrap().count());
         for (k, (old, new)) in old.iter().zip(&new).enumerate() {
-            let (j, i) = if param == Param::Fcw { (k / band.narrow(), k % band.narrow()) } else { (k % band.wide(), k / band.wide()) };
+            let (j, i) = if param == Param::Fcw {
+                (k / band.narrow(), k % band.narrow())
+            } else {
+                (k % band.wide(), k / band.wide())
+            };
             let expected = if band.contains(j, i) && former.contains(j, i) { *old } else { 0.0 };
             assert_eq!(new.to_bits(), expected.to_bits(), "{} at {j}, {i}", tensor.name());
         }
