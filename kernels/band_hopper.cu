@@ -5,7 +5,7 @@
 //                   1: pre = y + bias, y = gelu(pre)     2: y = y gelu'(pre)
 //   band_contract   y[m, i] = sum over j in band(i) of x[m, j] P[j, i] (+ bias[i], unless that is null)
 //   band_outer      dP[j, i] (+)= sum over m of wide[m, j] narrow[m, i] in the band, 0 in every other slot; dbias[j] (+)= sum
-//                   over m of wide[m, j], unless that is null; tiles that several blocks share go to `parts` in pieces
+//                   over m of wide[m, j], unless that is null; tiles that several blocks share go to `pieces`
 //   band_outer_sum  the same from those pieces, added in order
 //
 // Shapes: as in `band.cu`. The maps describe activations to the copy engine, in boxes of 64 columns: of 256 rows for x, of 128 for y
@@ -593,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
         results.clear();
         consume<0>(ring, place, panels.left, [&](char* stage) { multiply_columns<HALF>(results, stage, first_row); });
         consume<0>(ring, place, panels.all - panels.left,
-                [&](char* stage) { multiply_columns<BLOCK_COLS>(results, stage, first_row); });
+                   [&](char* stage) { multiply_columns<BLOCK_COLS>(results, stage, first_row); });
         results.hold();
         each_quad(results.acc, tile.x * BLOCK_ROWS, [&](int row, int quad, int chunk, float(&sums)[4][2]) {
             u32 words[4];

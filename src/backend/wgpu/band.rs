@@ -526,7 +526,8 @@ mod tests {
                 let areas = outer_areas(&band, tile, tile.bn);
                 assert!(areas.is_sorted_by_key(|area| area.row), "{}", band.title());
                 for (index, panel) in band.panels().iter().enumerate().filter(|(_, panel)| !panel.is_empty()) {
-                    let has = |area: &&Area| (0..tile.bm / PANEL_ROWS).any(|at| area.panel.unwrap() + at == index);
+                    let first = |area: &Area| area.panel.unwrap_or(area.row / PANEL_ROWS);
+                    let has = |area: &&Area| (first(area)..first(area) + tile.bm / PANEL_ROWS).contains(&index);
                     let own: Vec<&Area> = areas.iter().filter(has).collect();
                     assert!(own.iter().all(|area| (area.row..area.row + tile.bm).contains(&panel.row_start)));
                     let all = |col: usize| own.iter().any(|area| (area.col..area.col + tile.bn).contains(&col));
