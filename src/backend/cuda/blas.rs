@@ -228,7 +228,10 @@ impl Blas {
             layout(out, m, n, strides[2])?,
         ];
         let proposals = self.proposals(desc, layouts)?;
-        let Some(&first) = proposals.first() else { return Ok(None) };
+        let Some(&first) = proposals.first() else {
+            forget(desc, layouts);
+            return Ok(None);
+        };
         let mut plan = Plan { desc, layouts, algorithm: first };
         if 2.0 * m as f64 * n as f64 * k as f64 >= SEARCHED_FLOPS && proposals.len() > 1 {
             plan.algorithm = self.searched(&plan, &shape, &proposals, driver)?;
@@ -365,15 +368,22 @@ impl Blas {
 #[allow(unsafe_code)]
 impl Drop for Blas {
     fn drop(&mut self) {
+        for plan in self.plans.values().flatten() {
+            forget(plan.desc, plan.layouts);
+        }
         // SAFETY: nothing is multiplied any more.
-        unsafe {
-            for plan in self.plans.values().flatten() {
-                let _ = result::destroy_matmul_desc(plan.desc);
-                for layout in plan.layouts {
-                    let _ = result::destroy_matrix_layout(layout);
-                }
-            }
-            let _ = result::destroy_handle(self.handle);
+        let _ = unsafe { result::destroy_handle(self.handle) };
+    }
+}
+
+/// Gives up the descriptions of a product, which is not used any more.
+#[allow(unsafe_code)]
+fn forget(desc: sys::cublasLtMatmulDesc_t, layouts: [sys::cublasLtMatrixLayout_t; 3]) {
+    // SAFETY: the library made them, and they are given up once.
+    unsafe {
+        let _ = result::destroy_matmul_desc(desc);
+        for layout in layouts {
+            let _ = result::destroy_matrix_layout(layout);
         }
     }
 }
