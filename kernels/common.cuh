@@ -166,6 +166,29 @@ __device__ __forceinline__ void wgmma(float (*c)[4], u64 left, u64 right) {
     }
 }
 
+// The same of 64 columns, but c = left right: what c was is not read.
+#define NEW(j) "=f"(c[j][0]), "=f"(c[j][1]), "=f"(c[j][2]), "=f"(c[j][3])
+
+template <bool LeftAcross, bool RightAcross>
+__device__ __forceinline__ void wgmma_first(float (&c)[8][4], u64 left, u64 right) {
+    asm volatile("{.reg .pred on; setp.ne.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R0 ", " R16
+                 "}, %32, %33, on, 1, 1, %34, %35;}"
+                 : NEW(0), NEW(1), NEW(2), NEW(3), NEW(4), NEW(5), NEW(6), NEW(7)
+                 : "l"(left), "l"(right), "n"(LeftAcross), "n"(RightAcross)
+                 : "memory");
+}
+
+// c += left right where left lies in registers, as `mma_bf16` describes each warp's 16 rows.
+template <bool RightAcross>
+__device__ __forceinline__ void wgmma(float (&c)[8][4], const u32 (&left)[4], u64 right) {
+    asm volatile("{.reg .pred on; setp.eq.u32 on, 0, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" R0 ", " R16
+                 "}, {%32, %33, %34, %35}, %36, on, 1, 1, %37;}"
+                 : SIXTEEN(0), SIXTEEN(4)
+                 : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right), "n"(RightAcross)
+                 : "memory");
+}
+
+#undef NEW
 #undef WGMMA_OF
 #undef R80
 #undef R64
@@ -237,6 +260,14 @@ __device__ __forceinline__ void tensor_load(char* shared, const TensorMap* map, 
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
                      shared_address(shared)),
                  "l"(map), "r"(col), "r"(row), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Starts to copy `bytes` bytes, a multiple of 16, from where they are aligned to as much. The barrier counts them.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, int bytes, u64* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
 

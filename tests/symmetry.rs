@@ -4,8 +4,8 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// What is no operation: a backend's machinery, what kernels share, and a second way to the products of `band`.
-const HELPERS: [&str; 20] = [
+/// What is no operation: a backend's machinery, what kernels share, and second ways to what `attention` and `band` do.
+const HELPERS: [&str; 21] = [
     "mod",
     "common",
     "matrix",
@@ -18,6 +18,7 @@ const HELPERS: [&str; 20] = [
     "profile",
     "recorder",
     "tuning",
+    "attention_hopper",
     "band_hopper",
     "blas",
     "compiler",

@@ -18,6 +18,7 @@ pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Resu
         (1, 130, 96, 1),
         (1, 97, 256, 2),
         (2, 160, 64, 2),
+        (2, 192, 128, 2),
     ] {
         let dims = SequenceDims { batch, tokens, channels, heads };
         suite.check(&AttentionCase(dims))?;

@@ -259,6 +259,10 @@ __forceinline__ void tensor_load(char* shared, const TensorMap* map, int column,
     software_cuda_copy_box(shared, map, column, row, barrier);
 }
 
+__forceinline__ void bulk_load(void* shared, const void* global, int bytes, unsigned long long* barrier) {
+    software_cuda_copy_bulk(shared, global, bytes, barrier);
+}
+
 __forceinline__ void tensor_store(const TensorMap* map, int column, int row, const char* shared) {
     software_cuda_store_box(map, column, row, shared);
 }
@@ -268,9 +272,35 @@ __forceinline__ void tensor_store_read() {
     asm volatile("" ::: "memory");
 }
 
+namespace software_cuda {
+
+__forceinline__ WarpgroupProduct described(float (*c)[4], unsigned long long left, unsigned long long right, unsigned columns,
+                                           bool left_across, bool right_across, bool adds) {
+    return {c, left, right, columns, 0, left_across, right_across, adds, false, {}};
+}
+
+__forceinline__ void begin_with_rows(float (*c)[4], const unsigned (&left)[4], unsigned long long right, bool right_across) {
+    WarpgroupProduct product{c, 0, right, 64, 0, false, right_across, true, true, {}};
+    LeftRows record{left, product.rows};
+    software_cuda_meet(~0u, &software_cuda_left_rows, &record);
+    software_cuda_begin_product(product);
+}
+
+}  // namespace software_cuda
+
 template <int Columns, bool LeftAcross, bool RightAcross>
 __forceinline__ void wgmma(float (*c)[4], unsigned long long left, unsigned long long right) {
-    software_cuda_begin_product({c, left, right, Columns, 0, LeftAcross, RightAcross});
+    software_cuda_begin_product(software_cuda::described(c, left, right, Columns, LeftAcross, RightAcross, true));
+}
+
+template <bool LeftAcross, bool RightAcross>
+__forceinline__ void wgmma_first(float (&c)[8][4], unsigned long long left, unsigned long long right) {
+    software_cuda_begin_product(software_cuda::described(c, left, right, 64, LeftAcross, RightAcross, false));
+}
+
+template <bool RightAcross>
+__forceinline__ void wgmma(float (&c)[8][4], const unsigned (&left)[4], unsigned long long right) {
+    software_cuda::begin_with_rows(c, left, right, RightAcross);
 }
 
 // To nearest, ties away from zero; a carry out of the mantissa goes to the exponent, as far as infinity.

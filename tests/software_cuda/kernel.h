@@ -28,6 +28,15 @@ struct WarpgroupProduct {
     unsigned long long left, right;  // where the operands are, as the device describes it
     unsigned columns, group;
     bool left_across, right_across;
+    bool adds;             // to what c was
+    bool has_rows;         // the left operand lies in registers: this thread's two rows of it
+    float rows[2][16];
+};
+
+// The left operand of a warpgroup's product in registers: from each lane's part, the two rows that it needs.
+struct LeftRows {
+    const unsigned* part;  // 4
+    float (*rows)[16];     // 2
 };
 
 // A device thread: a fiber on its block's operating system thread. Its size is an odd number of cache lines, lest the lanes of
@@ -100,7 +109,7 @@ extern __thread software_cuda::Thread* software_cuda_thread __attribute__((tls_m
 // Waits for the live lanes in `mask` to come to the same operation.
 void software_cuda_meet(unsigned mask, const software_cuda::Operation* operation, void* record);
 extern const software_cuda::Operation software_cuda_shuffle, software_cuda_vote, software_cuda_syncwarp, software_cuda_load,
-    software_cuda_load_transposed, software_cuda_mma_bf16, software_cuda_mma_tf32;
+    software_cuda_load_transposed, software_cuda_mma_bf16, software_cuda_mma_tf32, software_cuda_left_rows;
 
 void software_cuda_barrier(unsigned line);
 void software_cuda_copy(void* shared, const void* global, bool valid);
@@ -110,6 +119,7 @@ void software_cuda_phase_arrive(unsigned long long* barrier, int bytes);
 void software_cuda_phase_wait(unsigned long long* barrier, unsigned phase);
 void software_cuda_copy_arrive(unsigned long long* barrier);
 void software_cuda_copy_box(char* shared, const software_cuda::TensorMap* map, int column, int row, unsigned long long* barrier);
+void software_cuda_copy_bulk(void* shared, const void* global, int bytes, unsigned long long* barrier);
 void software_cuda_store_box(const software_cuda::TensorMap* map, int column, int row, const char* shared);
 void software_cuda_store_wait();
 void software_cuda_begin_product(const software_cuda::WarpgroupProduct& product);

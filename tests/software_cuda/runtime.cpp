@@ -580,6 +580,17 @@ EXPORT void software_cuda_copy_box(char* shared, const TensorMap* map, int colum
     worker->arrivals.push_back(std::move(arrival));
 }
 
+EXPORT void software_cuda_copy_bulk(void* shared, const void* global, int bytes, unsigned long long* barrier) {
+    if (bytes <= 0 || bytes % 16 || (uintptr_t)global % 16) software_cuda_fail("a bulk copy of %d bytes from %p", bytes, global);
+    software_cuda_shared(shared, unsigned(bytes), 16);
+    Arrival arrival{checked_barrier(barrier), {}, unsigned(bytes)};
+    auto to = static_cast<char*>(shared);
+    auto from = static_cast<const char*>(global);
+    for (int at = 0; at < bytes; at += 16) arrival.copies.push_back({to + at, from + at, 0});
+    memset(shared, 0xff, arrival.bytes);
+    worker->arrivals.push_back(std::move(arrival));
+}
+
 EXPORT void software_cuda_store_box(const TensorMap* map, int column, int row, const char* shared) {
     worker->stores.push_back({software_cuda_thread, map, column, row, shared});
 }
@@ -642,15 +653,19 @@ EXPORT void software_cuda_begin_product(const WarpgroupProduct& product) {
 
 // A thread's results: with g = lane / 4 and t = lane % 4, rows g and g + 8 of its warp's 16, columns 2t and 2t + 1 of every 8.
 static void multiply_part(const Thread& self, const WarpgroupProduct& product) {
-    Operand left(*self.block, product.left, product.left_across, "the left");
     Operand right(*self.block, product.right, product.right_across, "the right");
     unsigned row = self.index.x % 128 / 32 * 16 + self.lane / 4, first = self.lane % 4 * 2;
     float rows[2][16];
-    for (unsigned k = 0; k < 16; ++k)
-        for (unsigned half : {0, 1}) rows[half][k] = left.at(row + 8 * half, k);
+    memcpy(rows, product.rows, sizeof rows);
+    if (!product.has_rows) {
+        Operand left(*self.block, product.left, product.left_across, "the left");
+        for (unsigned k = 0; k < 16; ++k)
+            for (unsigned half : {0, 1}) rows[half][k] = left.at(row + 8 * half, k);
+    }
     for (unsigned column = 0; column < product.columns; ++column) {
         if (column % 8 / 2 * 2 != first) continue;
         float* c = product.c[column / 8];
+        for (unsigned half : {0, 1}) c[2 * half + column % 2] = product.adds ? c[2 * half + column % 2] : 0.0f;
         for (unsigned k = 0; k < 16; ++k) {
             float b = right.at(column, k);
             for (unsigned half : {0, 1}) c[2 * half + column % 2] += rows[half][k] * b;
@@ -755,6 +770,20 @@ static void multiply_bf16(void* const* records, unsigned lanes) {
     multiply_for(records, a[0], b, 16);
 }
 
+static void left_rows(void* const* records, unsigned lanes) {
+    whole_warp(lanes, "wgmma with a left operand in registers");
+    for (unsigned l = 0; l < WARP; ++l) {
+        float(*rows)[16] = static_cast<const LeftRows*>(records[l])->rows;
+        for (unsigned t = 0; t < 4; ++t) {
+            const unsigned* part = static_cast<const LeftRows*>(records[l / 4 * 4 + t])->part;
+            for (unsigned i = 0; i < 4; ++i) {
+                rows[i % 2][2 * t + i / 2 * 8] = as_float(part[i] << 16);
+                rows[i % 2][2 * t + i / 2 * 8 + 1] = as_float(part[i] & 0xffff0000);
+            }
+        }
+    }
+}
+
 static void multiply_tf32(void* const* records, unsigned lanes) {
     whole_warp(lanes, "mma_tf32");
     float a[16][8];
@@ -775,6 +804,7 @@ OPERATION(software_cuda_syncwarp, "__syncwarp", nullptr)
 OPERATION(software_cuda_load, "load_matrices", load<false>)
 OPERATION(software_cuda_load_transposed, "load_matrices_transposed", load<true>)
 OPERATION(software_cuda_mma_bf16, "mma_bf16", multiply_bf16)
+OPERATION(software_cuda_left_rows, "wgmma with a left operand in registers", left_rows)
 OPERATION(software_cuda_mma_tf32, "mma_tf32", multiply_tf32)
 
 // ---- Cores

@@ -350,11 +350,12 @@ static void matrices() {
     for (int i = 0; i < 8; ++i) REQUIRE(bits[i] == expected[i]);
 }
 
-// c (64 x 64) = a (64 x 16) bt^T by a warpgroup, both operands along the depth or both across it.
+// c (64 x 64) = a (64 x 16) bt^T by a warpgroup: both operands along the depth (0) or across it (1), a in registers (2), and again (3).
 static const char* wgmma_source = R"(
 __device__ u64 described(const void* tile) { return shared_address(tile) >> 4 | 64ull << 32 | 1ull << 62; }
-extern "C" __global__ void product(const u16* a, const u16* bt, float* c, int across) {
+extern "C" __global__ void product(const u16* a, const u16* bt, float* c, int way) {
     SHARED_MEMORY(shared);
+    bool across = way == 1;
     u16 *left = (u16*)shared, *right = left + 64 * 64;
     for (int i = threadIdx.x; i < 64 * 16; i += 128) {
         int row = across ? i % 16 : i / 16, column = across ? i / 16 : i % 16;
@@ -365,8 +366,14 @@ extern "C" __global__ void product(const u16* a, const u16* bt, float* c, int ac
     __syncthreads();
     float acc[8][4] = {};
     wgmma_begin();
-    if (across) wgmma<64, true, true>(acc, described(left), described(right));
+    int w = threadIdx.x / 32 * 16, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4 * 2;
+    auto pair = [&](int row, int column) { return *(const u32*)&a[(w + g + row) * 16 + t + column]; };
+    u32 rows[4] = {pair(0, 0), pair(8, 0), pair(0, 8), pair(8, 8)};
+    if (way == 1) wgmma<64, true, true>(acc, described(left), described(right));
+    else if (way == 2) wgmma<false>(acc, rows, described(right));
     else wgmma<64, false, false>(acc, described(left), described(right));
+    // What is there already is not read.
+    if (way == 3) wgmma_first<false, false>(acc, described(left), described(right));
     wgmma_commit();
     wgmma_wait<0>();
     int l = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + l / 4;
@@ -378,8 +385,8 @@ extern "C" __global__ void product(const u16* a, const u16* bt, float* c, int ac
 static void warpgroups() {
     Floats a = numbers(64 * 16, 9), bt = numbers(64 * 16, 10);
     Pointer c = allocate(4 * 64 * 64);
-    for (int across = 0; across < 2; ++across) {
-        REQUIRE(launch(get_function(wgmma_source, "product"), 1, 128, 16384, upload(to_bf16(a)), upload(to_bf16(bt)), c, across) == 0);
+    for (int way = 0; way < 4; ++way) {
+        REQUIRE(launch(get_function(wgmma_source, "product"), 1, 128, 16384, upload(to_bf16(a)), upload(to_bf16(bt)), c, way) == 0);
         Floats r = download(c, 64 * 64);
         for (int i = 0; i < 64; ++i)
             for (int j = 0; j < 64; ++j) {

@@ -1,7 +1,7 @@
-//! Causal attention on the card: `kernels/attention.cu`.
+//! Causal attention on the card: `kernels/attention.cu`, and on Hopper, where it can, `kernels/attention_hopper.cu`.
 
 use super::buffer::{Buffer, Element};
-use super::{Cuda, Unit, args, unit};
+use super::{Cuda, Unit, args, attention_hopper, unit};
 use crate::backend::{Arithmetic, Attention, KeyValues, SequenceDims};
 use crate::error::{Error, Result};
 
@@ -117,7 +117,7 @@ fn blocks(dims: SequenceDims) -> usize {
     dims.batch * dims.tokens.div_ceil(BLOCK)
 }
 
-fn scale(dims: SequenceDims) -> f32 {
+pub(super) fn scale(dims: SequenceDims) -> f32 {
     1.0 / (dims.head_size() as f32).sqrt()
 }
 
@@ -133,6 +133,9 @@ impl Attention for Cuda {
         let (rows, c) = (dims.rows(), dims.channels);
         let (out, qkv) = (self.activation(out, rows * c)?, self.activation(qkv, rows * 3 * c)?);
         let log_sum_exp = log_sum_exp.f32s(rows * dims.heads)?;
+        if self.has_hopper_attention(dims) {
+            return self.hopper_attention_forward([out, log_sum_exp, qkv], dims);
+        }
         let keys = Keys {
             keys: self.further(qkv, c),
             values: self.further(qkv, 2 * c),
@@ -161,6 +164,9 @@ impl Attention for Cuda {
         let (dout, out) = (self.activation(dout, rows * c)?, self.activation(out, rows * c)?);
         let log_sum_exp = log_sum_exp.f32s(rows * heads)?;
         let delta = self.scratch("attention delta", Element::F32, rows * heads)?;
+        if self.has_hopper_attention(dims) {
+            return self.hopper_attention_backward([dqkv, dout, out, log_sum_exp, qkv, delta], dims);
+        }
         let unit = head_unit(self.arithmetic, dims.head_size());
         let grid = [(rows * heads * HEAD_LANES).div_ceil(ELEMENT_THREADS), 1, 1];
         self.launch(
@@ -211,7 +217,7 @@ impl Attention for Cuda {
 }
 
 /// Instantiations for the presets' heads, small and odd ones, and the largest.
-pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, usize)> {
+pub(super) fn units(arithmetic: Arithmetic, warpgroups: bool) -> Vec<(Unit, &'static str, usize, usize)> {
     let of = |head_size| {
         let (forward, backward) = (cut(arithmetic, head_size, false), cut(arithmetic, head_size, true));
         let elements = head_unit(arithmetic, head_size);
@@ -223,5 +229,6 @@ pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, u
             (elements, "attention_append", ELEMENT_THREADS, 0),
         ]
     };
-    [5, 16, 32, 48, 64, 80, 96, 112, 128].into_iter().flat_map(of).collect()
+    let hopper = if warpgroups && arithmetic == Arithmetic::Bf16 { attention_hopper::units() } else { Vec::new() };
+    [5, 16, 32, 48, 64, 80, 96, 112, 128].into_iter().flat_map(of).chain(hopper).collect()
 }

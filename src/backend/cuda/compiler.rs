@@ -14,10 +14,11 @@ use std::ffi::{CString, c_char};
 use std::sync::mpsc::{Receiver, channel};
 
 /// Every kernel file, by stem; the first stands before each of the others.
-const SOURCES: [(&str, &str); 11] = [
+const SOURCES: [(&str, &str); 12] = [
     ("common", include_str!("../../../kernels/common.cuh")),
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
+    ("attention_hopper", include_str!("../../../kernels/attention_hopper.cu")),
     ("band", include_str!("../../../kernels/band.cu")),
     ("band_hopper", include_str!("../../../kernels/band_hopper.cu")),
     ("embed", include_str!("../../../kernels/embed.cu")),

@@ -7,6 +7,7 @@
 
 mod adamw;
 mod attention;
+mod attention_hopper;
 mod band;
 mod band_hopper;
 mod blas;

@@ -45,7 +45,7 @@ type Instance = (Unit, &'static str, usize, usize);
 fn instances(arithmetic: Arithmetic, target: Target) -> Vec<Instance> {
     let all = [
         adamw::units(arithmetic),
-        attention::units(arithmetic),
+        attention::units(arithmetic, target.has_warpgroup_products()),
         band::units(arithmetic, target.has_warpgroup_products()),
         embed::units(arithmetic),
         gelu::units(arithmetic),
