@@ -50,11 +50,13 @@ by commas.
   expand     FC1 forward, FC2 input gradient: for much work, for little; 64 or 128 columns
   contract   FC2 forward, FC1 input gradient: for much work, for little
   outer      weight gradients; 64 or 128 rows
-  attention  64xSPAN:RxC, R x C scores for a thread: forward, backward; SPAN 32 or 64
+  attention  64xSPAN:RxC, R x C scores for a thread: forward, backward for queries, for keys; SPAN 32 or 64
+  held       of the same three, 1 where a block's operands stay in workgroup memory, else 0
   busy       threads that keep the adapter busy: tiles shrink, deep sums are shared out
   unroll     steps of the depth that loops are unrolled by
   buffers    of a product's operands: 1, or 2 where there is room
-  slice      columns of a band's tile that are skipped together: 32, 64 or 128")]
+  slice      columns of a band's tile that are skipped together: 32, 64 or 128
+  logits     MiB of logits at a time")]
 pub struct BenchArgs {
     /// What to time
     #[arg(value_enum, default_value = "kernels")]

@@ -26,8 +26,7 @@ struct Cut {
     resident: usize,
 }
 
-const FORWARD: Cut =
-    Cut { definition: "FORWARD", entry: "attention_forward", own_tiles: 1, stages: 2, resident: 5 };
+const FORWARD: Cut = Cut { definition: "FORWARD", entry: "attention_forward", own_tiles: 1, stages: 2, resident: 5 };
 const QUERIES: Cut =
     Cut { definition: "QUERIES", entry: "attention_backward_query", own_tiles: 2, stages: 2, resident: 4 };
 const KEYS: Cut = Cut { definition: "KEYS", entry: "attention_backward_key", own_tiles: 2, stages: 2, resident: 3 };

@@ -27,16 +27,18 @@ fn by_fours(head_size: usize) -> u32 {
 
 fn block_kernel(entry: &'static str, head_size: usize, cached: bool, tuning: &Tuning) -> Kernel {
     let dim = head_size.next_multiple_of(32);
-    // Of the block: the queries, or two of queries, keys, values and gradients of the output.
-    let (share, operands) = match entry {
-        "attention_forward" => (tuning.attention[0], 1),
-        _ => (tuning.attention[1], 2),
+    let which = match entry {
+        "attention_forward" => 0,
+        "attention_backward_query" => 1,
+        _ => 2,
     };
+    // Of the block: the queries, or two of queries, keys, values and gradients of the output.
+    let (share, operands) = (tuning.attention[which], if which == 0 { 1 } else { 2 });
     // A thread's share of the results is whole fours of the head.
     let fours = |span: usize| dim.is_multiple_of(4 * (span / share.tn));
     let span = if fours(share.span) { share.span } else { LEAST_SPAN };
     let bytes = ((operands * BLOCK + span) * dim + span * BLOCK) * size_of::<f32>();
-    let (held, span, spread) = match bytes <= tuning.workgroup_bytes {
+    let (held, span, spread) = match tuning.held[which] && bytes <= tuning.workgroup_bytes {
         true => (operands, span, span),
         // Rows of the tile staged at a time: 4 KiB of workgroup memory.
         false => (0, LEAST_SPAN, if dim <= 64 { 16 } else { 8 }),

@@ -13,20 +13,18 @@ use crate::shapes::Span;
 /// Threads of a workgroup: of one that sums losses or takes a row of a large vocabulary, and of one for small rows.
 const THREADS: usize = 256;
 const FEW_THREADS: usize = 64;
-/// Logits that exist at one time, at most: 128 MiB.
-const MAX_LOGITS: usize = 1 << 25;
 
 /// Elements from one row of logits to the next.
 fn stride(dims: HeadDims) -> usize {
     dims.padded_vocab.next_multiple_of(4)
 }
 
-/// The chunks of rows: (first row, rows).
+/// The chunks of rows, of `limit` elements at most: (first row, rows).
 fn chunks(dims: HeadDims, limit: usize) -> impl Iterator<Item = (usize, usize)> {
-    row_chunks(dims.rows, stride(dims).max(dims.channels), limit.min(MAX_LOGITS))
+    row_chunks(dims.rows, stride(dims).max(dims.channels), limit)
 }
 
-/// Elements of the logits that exist at one time.
+/// Elements of the logits that exist at one time, `limit` at most.
 pub(super) fn logits_len(dims: HeadDims, limit: usize) -> usize {
     chunks(dims, limit).map(|(_, rows)| rows).max().unwrap_or(0) * stride(dims)
 }
@@ -57,6 +55,11 @@ struct Head<'a> {
 }
 
 impl Wgpu {
+    /// Elements of logits that may exist at one time.
+    pub(super) fn logits_limit(&self) -> usize {
+        self.binding_len().min(self.tuning.logits << 18)
+    }
+
     /// The rows of the embedding in chunks: (first row, rows).
     fn vocab_chunks(&self, rows: usize, channels: usize) -> Vec<(usize, usize)> {
         row_chunks(rows, channels, self.binding_len()).collect()
@@ -95,7 +98,7 @@ impl Loss for Wgpu {
         dims: HeadDims,
     ) -> Result<()> {
         self.op = "loss_forward";
-        let limit = self.binding_len();
+        let limit = self.logits_limit();
         let scratch = self.scratch("logits", logits_len(dims, limit))?;
         let x = Matrix::new(x, 0, dims.rows, dims.channels);
         let wte = Matrix::new(params, wte.offset, dims.padded_vocab, dims.channels);
@@ -123,7 +126,7 @@ impl Loss for Wgpu {
     ) -> Result<()> {
         self.op = "loss_forward_backward";
         let HeadDims { rows, channels: c, padded_vocab, .. } = dims;
-        let limit = self.binding_len();
+        let limit = self.logits_limit();
         let scratch = self.scratch("logits", logits_len(dims, limit))?;
         let (x, dx) = (Matrix::new(x, 0, rows, c), Matrix::new(dx, 0, rows, c));
         let dwte = Matrix::new(grads, wte.offset, padded_vocab, c);

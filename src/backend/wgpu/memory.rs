@@ -7,14 +7,24 @@ use crate::backend::cpu::Cpu;
 /// Bytes free for buffers, where they can be found out.
 pub(super) fn free_bytes(gpu: &Gpu) -> Option<usize> {
     let system = || Cpu::new().free_bytes();
+    let heap_free = || vulkan_heap(gpu).map(|heap| heap.free);
     let free = match gpu.info.kind {
         AdapterKind::Software => system(),
         // Graphics inside the processor may take a part of the system's memory, and no more than is free.
-        AdapterKind::Integrated => [system(), vulkan_free_bytes(gpu)].into_iter().flatten().min(),
-        AdapterKind::Discrete | AdapterKind::Virtual | AdapterKind::Other => vulkan_free_bytes(gpu),
+        AdapterKind::Integrated => [system(), heap_free()].into_iter().flatten().min(),
+        AdapterKind::Discrete | AdapterKind::Virtual | AdapterKind::Other => heap_free(),
     };
     let allowed = gpu.memory_bytes.map(|bytes| bytes.saturating_sub(held_bytes(gpu).unwrap_or(0)));
     [free, allowed].into_iter().flatten().min()
+}
+
+/// Bytes of a card's own memory, where they can be found out.
+pub(super) fn own_bytes(gpu: &Gpu) -> Option<usize> {
+    if gpu.info.kind != AdapterKind::Discrete {
+        return None;
+    }
+    let size = vulkan_heap(gpu)?.size;
+    Some(gpu.memory_bytes.map_or(size, |bytes| bytes.min(size)))
 }
 
 /// Bytes of the buffers that there are, where wgpu manages memory itself.
@@ -29,11 +39,16 @@ pub(super) fn exceeds(gpu: &Gpu, size: u64) -> bool {
     held_bytes(gpu).unwrap_or(0) as u64 + size > allowed as u64
 }
 
-/// What the driver lets this process have of the card's memory, less what it has; without `VK_EXT_memory_budget` what the card
-/// has, less what it has.
+/// The largest part of the card's memory: its bytes, and those that the driver lets this process have, less what it has; without
+/// `VK_EXT_memory_budget` all of them, less what it has.
+struct Heap {
+    size: usize,
+    free: usize,
+}
+
 #[cfg(not(target_vendor = "apple"))]
 #[allow(unsafe_code)]
-fn vulkan_free_bytes(gpu: &Gpu) -> Option<usize> {
+fn vulkan_heap(gpu: &Gpu) -> Option<Heap> {
     use ash::vk::{self, MemoryHeapFlags};
     // SAFETY: the adapter is only asked, and nothing of it is destroyed or kept.
     let adapter = unsafe { gpu.adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
@@ -62,12 +77,12 @@ fn vulkan_free_bytes(gpu: &Gpu) -> Option<usize> {
         true => budget.heap_budget[largest].saturating_sub(budget.heap_usage[largest]),
         false => heaps[largest].size.saturating_sub(held_bytes(gpu).unwrap_or(0) as u64),
     };
-    usize::try_from(free).ok()
+    Some(Heap { size: usize::try_from(heaps[largest].size).ok()?, free: usize::try_from(free).ok()? })
 }
 
 /// There is no Vulkan.
 #[cfg(target_vendor = "apple")]
-fn vulkan_free_bytes(_: &Gpu) -> Option<usize> {
+fn vulkan_heap(_: &Gpu) -> Option<Heap> {
     None
 }
 
@@ -81,8 +96,10 @@ mod tests {
         for adapter in adapters().iter().filter(|adapter| adapter.backend == "Vulkan") {
             let options = Options { adapter: Some(adapter.index.to_string()), ..Options::default() };
             let gpu = device::open(&options).unwrap();
-            let (free, known) = (free_bytes(&gpu).unwrap(), vulkan_free_bytes(&gpu).unwrap());
-            assert!(free > 64 << 20 && known > 64 << 20, "{}: {free} and {known} bytes", adapter.describe());
+            let (free, heap) = (free_bytes(&gpu).unwrap(), vulkan_heap(&gpu).unwrap());
+            assert!(free > 64 << 20 && heap.free > 64 << 20, "{}: {free} and {} bytes", adapter.describe(), heap.free);
+            assert!(heap.size >= heap.free);
+            assert_eq!(own_bytes(&gpu), (adapter.kind == AdapterKind::Discrete).then_some(heap.size));
             // Less what wgpu itself has taken.
             let allowed = free_bytes(&Gpu { memory_bytes: Some(5 << 20), ..gpu }).unwrap();
             assert!((1 << 20..=5 << 20).contains(&allowed), "{allowed} bytes");

@@ -91,6 +91,7 @@ impl Wgpu {
         let graveyard = Graveyard::default();
         let workgroup_bytes = gpu.limits.max_compute_workgroup_storage_size as usize;
         let tuning = options.tuning.unwrap_or(Tuning::suiting(&gpu.info)).within(workgroup_bytes);
+        let tuning = tuning.with_memory(memory::own_bytes(&gpu));
         let tuning = tuning.with(options.tuning_changes.as_deref().unwrap_or(""))?;
         let recorder = Recorder::new(&gpu, tuning.slow_flops, graveyard.clone());
         let kept = KeptPipelines::open(&gpu, options.cache_folder.as_ref());
@@ -228,7 +229,7 @@ impl Device for Wgpu {
     }
 
     fn scratch_bytes(&self, dims: HeadDims, sequence: SequenceDims) -> usize {
-        let logits = loss::logits_len(dims, self.binding_len());
+        let logits = loss::logits_len(dims, self.logits_limit());
         let delta = sequence.rows() * sequence.heads;
         let shares = self.tuning.most_shares() + reduce::most_parts(4 * dims.channels);
         (logits + delta + shares) * size_of::<f32>()

@@ -35,8 +35,10 @@ pub struct Tuning {
     pub(super) contract: [Tile; 2],
     /// The tile of the band's outer: the rows of one panel or two times some columns of their windows.
     pub(super) outer: Tile,
-    /// Attention's forward, and its backward.
-    pub(super) attention: [Share; 2],
+    /// Attention's forward, and its backward for queries and for keys.
+    pub(super) attention: [Share; 3],
+    /// Whether, for each of these, a block's operands stay in workgroup memory where there is room: without, more blocks do.
+    pub(super) held: [bool; 3],
     /// Threads from which on the adapter is busy: tiles are made smaller, or sums shared out, to get as many.
     pub(super) busy_threads: usize,
     /// Steps of the depth that products are unrolled by.
@@ -50,6 +52,8 @@ pub struct Tuning {
     pub(super) row_threads: usize,
     /// Columns of the slices of a band's tile that are skipped where the band does not touch them.
     pub(super) slice: usize,
+    /// MiB of logits that exist at one time, at most.
+    pub(super) logits: usize,
     /// Workgroup memory, in bytes.
     pub(super) workgroup_bytes: usize,
     /// FLOP/s that a slow adapter of its kind reaches: work is cut into dispatches by it, so that none runs for long.
@@ -60,6 +64,10 @@ pub struct Tuning {
 pub const WORKGROUP_SIZES: [usize; 2] = [16 << 10, 48 << 10];
 /// Threads that a workgroup has at most, on every adapter.
 const MAX_THREADS: usize = 256;
+/// What can be changed from outside.
+const KEYS: &str = "dense, expand, contract, outer, attention, held, busy, unroll, buffers, slice and logits";
+/// MiB of logits that no adapter needs at a time.
+const MAX_LOGITS: usize = 1 << 14;
 /// Threads that no adapter needs to be busy.
 const MAX_BUSY: usize = 1 << 22;
 /// Registers that one of an adapter's processors has, those that a thread takes beside its results, and how many threads of
@@ -83,13 +91,15 @@ const HARDWARE: Tuning = Tuning {
     expand: [tile([256, 64, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
     contract: [tile([128, 128, 8], [8, 8]), tile([32, 64, 16], [4, 4])],
     outer: tile([128, 96, 8], [8, 12]),
-    attention: [Share { span: 64, tm: 4, tn: 4 }, Share { span: 32, tm: 4, tn: 4 }],
+    attention: [Share { span: 64, tm: 4, tn: 4 }, Share { span: 32, tm: 4, tn: 4 }, Share { span: 32, tm: 4, tn: 4 }],
+    held: [true, true, false],
     busy_threads: 128 * CORE_THREADS,
     unroll: 8,
     buffers: 2,
     subgroup: 0,
     row_threads: 32,
     slice: 32,
+    logits: LOGITS[0],
     workgroup_bytes: WORKGROUP_SIZES[0],
     slow_flops: 1e12,
 };
@@ -101,7 +111,8 @@ const SOFTWARE: Tuning = Tuning {
     expand: [tile([128, 64, 16], [16, 8]), tile([32, 64, 16], [8, 8])],
     contract: [tile([128, 64, 16], [16, 8]), tile([32, 64, 16], [8, 8])],
     outer: tile([64, 64, 16], [16, 8]),
-    attention: [Share { span: 32, tm: 16, tn: 8 }; 2],
+    attention: [Share { span: 32, tm: 16, tn: 8 }; 3],
+    held: [true; 3],
     busy_threads: 256,
     unroll: 1,
     buffers: 1,
@@ -117,10 +128,13 @@ const SOFTWARE_VECTORS: Tuning = Tuning {
     expand: [tile([64, 64, 8], [16, 8]), tile([32, 64, 8], [16, 8])],
     contract: [tile([64, 64, 8], [16, 8]), tile([32, 64, 8], [16, 8])],
     outer: tile([64, 64, 8], [16, 8]),
-    attention: [Share { span: 32, tm: 32, tn: 4 }; 2],
+    attention: [Share { span: 32, tm: 32, tn: 4 }; 3],
     subgroup: 8,
     ..SOFTWARE
 };
+
+/// MiB of logits: what every adapter has memory for, and where more no longer pays.
+const LOGITS: [usize; 2] = [128, 1024];
 
 /// Every table there is.
 pub(super) const TUNINGS: [Tuning; 3] = [HARDWARE, SOFTWARE, SOFTWARE_VECTORS];
@@ -152,8 +166,8 @@ impl Tuning {
     /// The same with changes, `key=value` separated by semicolons. `dense`, `expand`, `contract` and `outer` take tiles
     /// (`128x64x8:8x8`: 128 rows x 64 columns of results, 8 of the depth at a time, 8 rows x 8 columns for a thread), the
     /// first ones of their list where there are several, separated by commas; `attention` takes `64x32:4x4` (64 queries meet
-    /// 32 keys at a time, and a thread 4 x 4 of these), for its forward and its backward; `busy`, `unroll`, `buffers` and
-    /// `slice` numbers.
+    /// 32 keys at a time, and a thread 4 x 4 of these), for its forward and its backward for queries and for keys; `held` 0 or
+    /// 1 for each of these; `busy`, `unroll`, `buffers`, `slice` and `logits` (MiB of them at a time) a number.
     ///
     /// # Errors
     /// [`Error::Usage`]: an unknown key, or a value that the kernels cannot be made with.
@@ -175,14 +189,15 @@ impl Tuning {
             "contract" => replace(&mut self.contract, value, parse_tile),
             "outer" => replace(std::slice::from_mut(&mut self.outer), value, parse_tile),
             "attention" => replace(&mut self.attention, value, parse_share),
+            "held" => replace(&mut self.held, value, |held| {
+                Some(held).filter(|held| ["0", "1"].contains(held)).map(|held| held == "1")
+            }),
             "busy" => numbers(value).map(|[busy]| self.busy_threads = busy),
             "unroll" => numbers(value).map(|[unroll]| self.unroll = unroll),
             "buffers" => numbers(value).map(|[buffers]| self.buffers = buffers),
             "slice" => numbers(value).map(|[slice]| self.slice = slice),
-            _ => {
-                Err("the keys are dense, expand, contract, outer, attention, busy, unroll, buffers and slice"
-                    .to_string())
-            }
+            "logits" => numbers(value).map(|[logits]| self.logits = logits),
+            _ => Err(format!("the keys are {KEYS}")),
         }
     }
 
@@ -210,9 +225,10 @@ impl Tuning {
             || ![1, 2].contains(&self.buffers)
             || ![1, 2, 4, 8, 16, 32].contains(&self.unroll)
             || ![32, 64, 128].contains(&self.slice)
+            || !(1..=MAX_LOGITS).contains(&self.logits)
         {
             return Err(format!(
-                "busy is 1 to {MAX_BUSY}, buffers 1 or 2, unroll a power of 2 up to 32, slice 32, 64 or 128"
+                "busy is 1 to {MAX_BUSY}, buffers 1 or 2, unroll a power of 2 up to 32, slice 32, 64 or 128, logits 1 to {MAX_LOGITS}"
             ));
         }
         let subgroup = |rows: usize, across: usize| {
@@ -233,6 +249,12 @@ impl Tuning {
     /// The same for workgroup memory of this size, at least the least of [`WORKGROUP_SIZES`].
     pub(super) fn within(self, workgroup_bytes: usize) -> Self {
         Self { workgroup_bytes, ..self }
+    }
+
+    /// The same for an adapter whose own memory has so many bytes: a 64th of it may be logits.
+    pub(super) fn with_memory(self, bytes: Option<usize>) -> Self {
+        let [least, most] = LOGITS;
+        Self { logits: bytes.map_or(least, |bytes| ((bytes >> 20) / 64).clamp(least, most)), ..self }
     }
 
     /// The same for an adapter that is busy with fewer, or only with more threads.
@@ -506,12 +528,19 @@ mod tests {
     }
 
     #[test]
+    fn large_memories_have_room_for_many_logits() {
+        let logits = |bytes| HARDWARE.with_memory(bytes).logits;
+        assert_eq!([None, Some(2 << 30), Some(24 << 30), Some(80 << 30)].map(logits), [128, 128, 384, 1024]);
+    }
+
+    #[test]
     fn changes_are_taken() {
         let tuned =
             HARDWARE.with(" dense=128x64x16:8x8 ; outer=64x96x8:8x4;attention=64x64:8x4;busy=7;unroll=4;").unwrap();
         assert_eq!(tuned.dense, [tile([128, 64, 16], [8, 8]), HARDWARE.dense[1], HARDWARE.dense[2]]);
         assert_eq!(tuned.outer, tile([64, 96, 8], [8, 4]));
-        assert_eq!(tuned.attention, [Share { span: 64, tm: 8, tn: 4 }, HARDWARE.attention[1]]);
+        assert_eq!(tuned.attention, [Share { span: 64, tm: 8, tn: 4 }, HARDWARE.attention[1], HARDWARE.attention[2]]);
+        assert_eq!(HARDWARE.with("held=0,0,1").unwrap().held, [false, false, true]);
         assert_eq!((tuned.busy_threads, tuned.unroll, tuned.buffers), (7, 4, HARDWARE.buffers));
         assert_eq!(HARDWARE.with("").unwrap(), HARDWARE);
         assert!(HARDWARE.with("dense=128x128x32:8x8").is_err());
@@ -546,11 +575,13 @@ mod tests {
             ("attention=4x4", "no tile"),
             ("attention=32x32:4x4", "no tile"),
             ("attention=64x32:5x4", "attention is"),
+            ("held=1,2", "'2' is no"),
             ("busy=-1", "'-1' is not a number"),
             ("busy=0", "busy is 1 to"),
             ("busy=9999999", "busy is 1 to"),
             ("unroll=3", "unroll a power of 2"),
             ("slice=16", "slice 32, 64 or 128"),
+            ("logits=0", "logits 1 to"),
         ] {
             let error = HARDWARE.with(changes).unwrap_err();
             assert!(error.to_string().contains(why) && error.exit_code() == 2, "{changes}: {error}");
