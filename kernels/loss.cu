@@ -5,7 +5,8 @@
 //   loss_sum       total (+)= scale * sum of losses
 //   copy_logits    out[m, v] = z[m, v] for v < V
 //
-// Shapes: logits z [rows, Vp]; targets y [rows]; losses [rows]; out [rows, V]. ALIGNED: Vp is a multiple of 16 bytes.
+// Shapes: logits z [rows, Vp]; targets y [rows]; losses [rows]; out [rows, V]. ALIGNED: Vp is a multiple of 16 bytes. HELD: a row
+//   is copied to shared memory, so that it is read from elsewhere once.
 // Dtypes: Logit (-DLOGIT) logits; float losses and out.
 // Grid: cross_entropy one block of 512 threads per row; loss_sum one block of 512; copy_logits (rows, ceil(V / 256)).
 // Determinism: each thread's share of a row is fixed, shares meet in a tree.
@@ -32,11 +33,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Logit* row = logits + (long long)blockIdx.x * padded_vocab;
     int target = targets[blockIdx.x];
     float target_logit = to_float(row[target]);
+#if HELD
+    SHARED_MEMORY(shared);
+    Logit* from = reinterpret_cast<Logit*>(shared);
+    // Each thread reads what it has copied itself.
+    for (int v = threadIdx.x * WIDTH; v < padded_vocab; v += THREADS * WIDTH) copy_async(from + v, row + v, true);
+    copy_async_commit();
+    copy_async_wait<0>();
+#else
+    const Logit* from = row;
+#endif
     // The largest logit so far and the sum of exponentials against it, in one pass over the row.
     float peak = HIDDEN, sum = 0.0f;
     for (int v = threadIdx.x * WIDTH; v < vocab; v += THREADS * WIDTH) {
         float z[WIDTH];
-        load_logits(z, row, v, vocab);
+        load_logits(z, from, v, vocab);
         float raised = peak;
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) raised = fmaxf(raised, z[i]);
@@ -52,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float factor = scale / all;
     for (int v = threadIdx.x * WIDTH; v < padded_vocab; v += THREADS * WIDTH) {
         float z[WIDTH];
-        load_logits(z, row, v, vocab);
+        load_logits(z, from, v, vocab);
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
             z[i] = exp2_fast((z[i] - all_peak) * LOG2_E) * factor - (v + i == target ? scale : 0.0f);

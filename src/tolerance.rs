@@ -150,16 +150,25 @@ pub fn compare_cancelled(actual: &[f32], expected: &[f32], tolerance: Tolerance,
     worst(actual, expected, |index| tolerance.0 * (f64::from(expected[index]).abs() + rms))
 }
 
-/// A lower bound of the root mean square of the terms that cancel in attention's gradients of queries and keys.
+/// How far each element may be from `expected` where it may cancel: as in [`compare_cancelled`], with a bound of its own.
+pub fn cancelled_bounds(expected: &[f32], tolerance: Tolerance, terms: impl Fn(usize) -> f64) -> Vec<f64> {
+    let rms = size(expected);
+    let bound = |(index, &value): (usize, &f32)| tolerance.0 * (f64::from(value).abs() + rms.max(terms(index)));
+    expected.iter().enumerate().map(bound).collect()
+}
+
+/// A lower bound of the size of the terms that cancel in attention's gradients of queries and keys, for the token `row` of a
+/// sequence, the first being 0.
 ///
 /// dQ = scale * sum over the keys of P (dP - delta) K, with dP = dout . V a sum of `head_size` products and delta its mean
 /// over the keys, weighted with P. A single key has P = 1 and delta = dP: dQ is 0 and keeps the error of scale * dP * K,
-/// whose root mean square is that of dout, V and K, times sqrt(head_size) for dP. Among T = `keys` weights that add up to 1
-/// the sum of squares is at least 1/T. dK is the same with Q for K.
-pub fn cancelling_scores(dout: &[f32], values: &[f32], others: &[f32], head_size: usize, keys: usize) -> f64 {
+/// whose root mean square is that of dout, V and K, times sqrt(head_size) for dP. Among n = `row` + 1 weights that add up to 1
+/// the sum of squares is at least 1/n. dK is a sum over the queries from the n-th on, with Q for K: the i-th one's weight is 1/i on
+/// average, and these squares add up to about 1/n, too.
+pub fn cancelling_scores(dout: &[f32], values: &[f32], others: &[f32], head_size: usize, row: usize) -> f64 {
     let scale = 1.0 / (head_size as f64).sqrt();
     let dp = (head_size as f64).sqrt() * root_mean_square(dout) * root_mean_square(values);
-    scale * dp * root_mean_square(others) / (keys as f64).sqrt()
+    scale * dp * root_mean_square(others) / (row as f64 + 1.0).sqrt()
 }
 
 /// The root mean square of those values that are not zero: a result that is exactly zero had no terms (a row that a narrow
@@ -267,8 +276,12 @@ mod tests {
     fn a_tensor_that_cancels_keeps_the_error_of_its_terms_and_no_more() {
         let (error, tolerance) = ([1e-6], Tolerance(1e-5));
         assert!(compare(&error, &[0.0], tolerance).ratio() > 1.0);
-        let terms = cancelling_scores(&[1.0, -1.0], &[0.5, 0.5], &[2.0, -2.0], 2, 1);
-        assert!((terms - 1.0).abs() < 1e-12, "{terms}");
+        let terms = |row| cancelling_scores(&[1.0, -1.0], &[0.5, 0.5], &[2.0, -2.0], 2, row);
+        assert!((terms(0) - 1.0).abs() < 1e-12 && (terms(3) - 0.5).abs() < 1e-12);
+        let bounds = cancelled_bounds(&[0.0, 4.0, 0.0, 0.0], tolerance, |index| terms(index) * 8.0);
+        let expected = [8.0, 4.0 + 8.0 / 2f64.sqrt(), 8.0 / 3f64.sqrt(), 4.0].map(|bound| bound * 1e-5);
+        assert!(bounds.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{bounds:?}");
+        let terms = terms(0);
         assert!(compare_cancelled(&error, &[0.0], tolerance, terms).ratio() < 1.0);
         assert!(compare_cancelled(&[1e-4], &[0.0], tolerance, terms).ratio() > 1.0);
         // Where little cancels the terms are no larger than the tensor, and nothing changes.

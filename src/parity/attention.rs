@@ -3,7 +3,7 @@
 use super::{Allowed, Case, Inputs, Output, Suite, fetch, unwritten, unwritten_statistics, upload};
 use crate::backend::{Arithmetic, Backend, KeyValues, Role, SequenceDims};
 use crate::error::Result;
-use crate::tolerance::{Tolerance, cancelling_scores};
+use crate::tolerance::{Tolerance, cancelled_bounds, cancelling_scores};
 
 /// Scores of the inputs here lie within this of each other, nearly always.
 const SCORES: f64 = 16.0;
@@ -67,8 +67,11 @@ impl Case for AttentionCase {
             |of: &[f32], which: usize| of.chunks(c).skip(which).step_by(3).flatten().copied().collect::<Vec<_>>();
         let [queries, keys, values] = [0, 1, 2].map(|which| part(&qkv_values, which));
         let cancelling = |name, which, others: &[f32]| {
-            let terms = cancelling_scores(&dout_values, &values, others, dims.head_size(), t);
-            Output { allowed: Allowed::Cancelled(backward, terms), ..Output::new(name, part(&dqkv, which), backward) }
+            let gradient = part(&dqkv, which);
+            let terms: Vec<f64> =
+                (0..t).map(|row| cancelling_scores(&dout_values, &values, others, dims.head_size(), row)).collect();
+            let bounds = cancelled_bounds(&gradient, backward, |index| terms[index / c % t]);
+            Output { allowed: Allowed::Each(bounds), ..Output::new(name, gradient, backward) }
         };
         Ok(vec![
             Output::new("out", fetch(backend, &out, len)?, forward),

@@ -9,9 +9,16 @@ use crate::tolerance::{Tolerance, UNIT_F32};
 const LOGITS: f64 = 24.0;
 
 pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Result<()> {
-    for (rows, channels, vocab, padded_vocab) in
-        [(1, 1, 1, 1), (5, 8, 11, 64), (70, 12, 101, 128), (3, 6, 257, 320), (33, 20, 1001, 1001), (150, 36, 300, 320)]
-    {
+    // The last one's rows are too long for a multiprocessor of Ada to hold.
+    for (rows, channels, vocab, padded_vocab) in [
+        (1, 1, 1, 1),
+        (5, 8, 11, 64),
+        (70, 12, 101, 128),
+        (3, 6, 257, 320),
+        (33, 20, 1001, 1001),
+        (150, 36, 300, 320),
+        (3, 4, 40_000, 40_064),
+    ] {
         suite.check(&HeadCase(HeadDims { rows, channels, vocab, padded_vocab }))?;
     }
     for len in [1, 64, 5000, 70_001] {

@@ -17,6 +17,11 @@ fn unit_of(arithmetic: Arithmetic, aligned: bool, gradient: bool, logit: &'stati
     unit("loss", arithmetic, aligned).with(&[("LOGIT", logit.into()), ("GRADIENT", gradient.into())])
 }
 
+/// The same where each block has shared memory for a row.
+fn held_unit_of(arithmetic: Arithmetic, gradient: bool) -> Unit {
+    unit_of(arithmetic, true, gradient, "Element").with(&[("HELD", true.into())])
+}
+
 /// What both passes over the head need.
 #[derive(Clone, Copy)]
 struct Head {
@@ -31,8 +36,12 @@ impl Cuda {
     /// Rows whose logits exist at one time.
     pub(super) fn chunk_rows(&self, dims: HeadDims, element: Element) -> usize {
         let fitting = self.logit_bytes / (dims.padded_vocab * element.bytes());
-        let aligned = if fitting >= ROW_ALIGN { fitting / ROW_ALIGN * ROW_ALIGN } else { fitting.max(1) };
-        aligned.min(dims.rows).max(1)
+        if fitting < ROW_ALIGN {
+            return fitting.clamp(1, dims.rows.max(1));
+        }
+        // As many in each chunk, but for the alignment: products of few rows are slow.
+        let chunks = dims.rows.div_ceil(fitting / ROW_ALIGN * ROW_ALIGN).max(1);
+        dims.rows.div_ceil(chunks).next_multiple_of(ROW_ALIGN).min(dims.rows).max(1)
     }
 
     /// The rows in chunks: (first, count).
@@ -81,7 +90,13 @@ impl Cuda {
             Write::Set,
         )?;
         let aligned = dims.padded_vocab.is_multiple_of(logits.element.lanes());
-        let unit = unit_of(self.arithmetic, aligned, scale.is_some(), "Element");
+        // Two blocks a multiprocessor at least, or none has anything to do while its row comes.
+        let row_bytes = dims.padded_vocab * logits.element.bytes();
+        let held = aligned && 2 * row_bytes <= self.card().shared_memory;
+        let (unit, shared) = match held {
+            true => (held_unit_of(self.arithmetic, scale.is_some()), row_bytes),
+            false => (unit_of(self.arithmetic, aligned, scale.is_some(), "Element"), 0),
+        };
         let further = |at: u64| at + 4 * first as u64;
         let args = args![
             further(head.losses),
@@ -91,7 +106,7 @@ impl Cuda {
             dims.padded_vocab,
             scale.unwrap_or(0.0),
         ];
-        self.launch(op, &unit, "cross_entropy", [count, 1, 1], THREADS, 0, args);
+        self.launch(op, &unit, "cross_entropy", [count, 1, 1], THREADS, shared, args);
         Ok(logits)
     }
 }
@@ -180,9 +195,10 @@ pub(super) fn units(arithmetic: Arithmetic) -> Vec<(Unit, &'static str, usize, u
     let losses = |aligned| {
         [true, false].map(|gradient| (unit_of(arithmetic, aligned, gradient, "Element"), "cross_entropy", THREADS, 0))
     };
+    let held = [true, false].map(|gradient| (held_unit_of(arithmetic, gradient), "cross_entropy", THREADS, 0));
     let others = [
         (unit_of(arithmetic, true, true, "Element"), "loss_sum", THREADS, 0),
         (unit_of(arithmetic, true, false, "float"), "copy_logits", COPY_THREADS, 0),
     ];
-    [true, false].into_iter().flat_map(losses).chain(others).collect()
+    [true, false].into_iter().flat_map(losses).chain(held).chain(others).collect()
 }

@@ -60,7 +60,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { arithmetic: Arithmetic::Bf16, logit_bytes: 256 << 20 }
+        Self { arithmetic: Arithmetic::Bf16, logit_bytes: 400 << 20 }
     }
 }
 
