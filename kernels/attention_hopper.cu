@@ -9,9 +9,9 @@
 // Shapes: qkv and dqkv [B, T, 3C], out and dout [B, T, C], lse and delta [B, NH, T]. The maps describe matrices of B T rows to the
 //   copy engine, in boxes of 64 x 64.
 // Dtypes: bf16 operands and results, float statistics; sums and softmax in float.
-// Grid: (sequences in turn for each tile of queries or, for the keys' gradients, keys; heads), a warpgroup each. It keeps its own
-//   tile in registers, as the left operand, and walks over tiles of the other axis, skipping those that causality hides; STAGES
-//   of these are on their way or in use. What a product makes is the left operand of the next one as it lies in registers.
+// Grid: (sequences in turn for each tile of queries or, for the keys' gradients, keys; heads), a warpgroup each. It walks over
+//   tiles of the other axis, skipping those that causality hides; STAGES of these are on their way or in use. What a product of
+//   two tiles makes is the left operand of the next one as it lies in registers. RESIDENT blocks are on a multiprocessor.
 // Determinism: one warp sums each element in order; dQ is computed apart from dK and dV, so nothing is added atomically.
 // Caller: src/backend/cuda/attention_hopper.rs.
 
@@ -29,6 +29,7 @@ constexpr int OWN_TILES = 1;
 constexpr int OWN_TILES = 2;
 #endif
 constexpr int STAGE_BYTES = 2 * TILE_BYTES;
+static_assert(STAGES >= 2, "the queries' kernel reads `out` from the second stage before that is needed");
 // Of lse or of delta, for a tile of queries.
 [[maybe_unused]] constexpr int STATISTICS_BYTES = TILE * 4;
 
@@ -38,7 +39,7 @@ typedef u32 Left[TILE / KSTEP][4];
 
 // The tile's rows of this warp as a left operand.
 __device__ __forceinline__ void load_rows(Left& left, char* tile) {
-    Along<TILE> rows{Tile<TILE>{tile}, threadIdx.x / 32 * 16};
+    Along<TILE> rows{Tile<TILE>{tile}, (int)threadIdx.x / 32 * 16};
 #pragma unroll
     for (int k = 0; k < TILE / KSTEP; k++) load_left(left[k], rows, 0, k * KSTEP);
 }

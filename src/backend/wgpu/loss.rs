@@ -13,15 +13,20 @@ use crate::shapes::Span;
 /// Threads of a workgroup: of one that sums losses or takes a row of a large vocabulary, and of one for small rows.
 const THREADS: usize = 256;
 const FEW_THREADS: usize = 64;
+/// Rows of a large tile of products.
+const TILE_ROWS: usize = 128;
 
 /// Elements from one row of logits to the next.
 fn stride(dims: HeadDims) -> usize {
     dims.padded_vocab.next_multiple_of(4)
 }
 
-/// The chunks of rows, of `limit` elements at most: (first row, rows).
+/// The chunks of rows, of `limit` elements at most: (first row, rows). Each has as many, but for whole tiles of products.
 fn chunks(dims: HeadDims, limit: usize) -> impl Iterator<Item = (usize, usize)> {
-    row_chunks(dims.rows, stride(dims).max(dims.channels), limit)
+    let row_len = stride(dims).max(dims.channels);
+    let count = row_chunks(dims.rows, row_len, limit).count().max(1);
+    let even = dims.rows.div_ceil(count).next_multiple_of(TILE_ROWS);
+    row_chunks(dims.rows, row_len, limit.min(even * row_len))
 }
 
 /// Elements of the logits that exist at one time, `limit` at most.
@@ -174,5 +179,22 @@ impl Loss for Wgpu {
         let binds = [losses.read(Span { offset: 0, len: rows }), total.write(Span { offset: 0, len: 1 })];
         let words = [rows as u32, 0, 0, scale.to_bits(), add_word(write)];
         self.dispatch(&sum_kernel(), &binds, &words, 1, rows as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_of_rows_are_even() {
+        let rows = |rows, limit| {
+            let dims = HeadDims { rows, channels: 8, vocab: 100, padded_vocab: 100 };
+            chunks(dims, limit).map(|(_, rows)| rows).collect::<Vec<_>>()
+        };
+        assert_eq!(rows(8192, 600_000), [4096, 4096]);
+        assert_eq!(rows(1000, 60_000), [512, 488]);
+        assert_eq!(rows(130, 6_400), [64, 64, 2]);
+        assert_eq!(rows(70, 1 << 20), [70]);
     }
 }
