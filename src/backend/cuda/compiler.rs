@@ -352,10 +352,16 @@ impl Kernels {
             None => self.start(unit),
         };
         let entries = &mut self.entries;
-        *self.ids.entry((unit, entry)).or_insert_with(|| {
+        let id = *self.ids.entry((unit, entry)).or_insert_with(|| {
             entries.push(Entry { unit, name: entry, shared: shared as u32, function: None });
             KernelId(entries.len() - 1)
-        })
+        });
+        // One that was found with less is found again.
+        let known = &mut entries[id.0];
+        if shared as u32 > known.shared {
+            (known.shared, known.function) = (shared as u32, None);
+        }
+        id
     }
 
     fn start(&mut self, unit: &Unit) -> usize {
