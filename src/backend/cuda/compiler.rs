@@ -344,8 +344,8 @@ impl Kernels {
         self.target
     }
 
-    /// The kernel `entry` of a unit, whose compilation starts if it is new. `shared` is the most dynamic shared memory it is
-    /// launched with, the same at each call.
+    /// The kernel `entry` of a unit, whose compilation starts if it is new. `shared` is the dynamic shared memory that it is going to be
+    /// launched with.
     pub(super) fn get(&mut self, unit: &Unit, entry: &'static str, shared: usize) -> KernelId {
         let unit = match self.units.get(unit) {
             Some(&unit) => unit,
