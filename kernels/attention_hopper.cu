@@ -165,18 +165,23 @@ struct Work {
     }
 };
 
-// Where a stage lies, and in which phase of its barrier.
-struct Place {
-    int slot;
-    u32 phase;
+typedef StagePlace<STAGES> Place;
 
-    __device__ __forceinline__ void advance() {
-        if (++slot == STAGES) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
+#if !defined(FORWARD)
+
+// Begins the products of both tiles of the next stage with the block's own. The scores of the first are there on return, those of the
+// second after `wgmma_wait<0>`.
+__device__ __forceinline__ void begin_stage(const Work& work, const Place& place, Scores& p, Scores& dp) {
+    char* stage = work.stage(place.slot);
+    barrier_wait(work.full(place.slot), place.phase);
+    wgmma_begin();
+    begin_scores(p, work.tile(0), stage);
+    begin_scores(dp, work.tile(1), stage + TILE_BYTES);
+    wgmma_wait<1>();
+    hold(p);
+}
+
+#endif
 
 #if defined(FORWARD)
 
@@ -307,12 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     Place place{0, 0};
     for (int step = 0; step < steps; step++) {
         char* stage = work.stage(place.slot);
-        barrier_wait(work.full(place.slot), place.phase);
-        wgmma_begin();
-        begin_scores(p, work.tile(0), stage);
-        begin_scores(dp, work.tile(1), stage + TILE_BYTES);
-        wgmma_wait<1>();
-        hold(p);
+        begin_stage(work, place, p, dp);
 #pragma unroll
         for (int j = 0; j < NT; j++) {
 #pragma unroll
@@ -385,12 +385,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     for (int step = 0; step < steps; step++) {
         char* stage = work.stage(place.slot);
         const float* lses = statistics + place.slot * 2 * TILE + 2 * work.t;
-        barrier_wait(work.full(place.slot), place.phase);
-        wgmma_begin();
-        begin_scores(p, work.tile(0), stage);
-        begin_scores(dp, work.tile(1), stage + TILE_BYTES);
-        wgmma_wait<1>();
-        hold(p);
+        begin_stage(work, place, p, dp);
 #pragma unroll
         for (int j = 0; j < NT; j++) {
             float2 sums = *reinterpret_cast<const float2*>(lses + 8 * j);

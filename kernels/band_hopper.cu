@@ -93,18 +93,7 @@ struct Strip {
 
 #endif
 
-// Where the next stage lies, and in which phase of its barriers.
-struct Place {
-    int slot;
-    u32 phase;
-
-    __device__ __forceinline__ void advance() {
-        if (++slot == STAGES) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
+typedef StagePlace<STAGES> Place;
 
 // The stages in shared memory. Each has a barrier that it is full, and one that all have read it.
 struct Ring {

@@ -501,6 +501,20 @@ struct Across {
 
 #if WGMMA
 
+// Where the next of a ring of stages lies, and in which phase of its barriers.
+template <int Stages>
+struct StagePlace {
+    int slot;
+    u32 phase;
+
+    __device__ __forceinline__ void advance() {
+        if (++slot == Stages) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
 // What `wgmma` is told of an operand, from step k of the depth on (PTX ISA, "Matrix Descriptor"): the address, the distances of
 // blocks of 64 columns and of 8 rows, all in 16 bytes, and that 128-byte rows are permuted.
 __device__ __forceinline__ u64 descriptor(const char* at, int column_blocks) {

@@ -146,8 +146,8 @@ pub fn compare(actual: &[f32], expected: &[f32], tolerance: Tolerance) -> Worst 
 /// The same for a tensor that may cancel as a whole, so that its own root mean square tells nothing of the terms whose error
 /// it keeps: `terms` is a lower bound of theirs.
 pub fn compare_cancelled(actual: &[f32], expected: &[f32], tolerance: Tolerance, terms: f64) -> Worst {
-    let rms = size(expected).max(terms);
-    worst(actual, expected, |index| tolerance.0 * (f64::from(expected[index]).abs() + rms))
+    let bounds = cancelled_bounds(expected, tolerance, |_| terms);
+    worst(actual, expected, |index| bounds[index])
 }
 
 /// How far each element may be from `expected` where it may cancel: as in [`compare_cancelled`], with a bound of its own.

@@ -184,14 +184,12 @@ impl Tuning {
 
     fn change(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
         match key {
-            "dense" => replace(&mut self.dense, value, parse_tile),
-            "expand" => replace(&mut self.expand, value, parse_tile),
-            "contract" => replace(&mut self.contract, value, parse_tile),
-            "outer" => replace(std::slice::from_mut(&mut self.outer), value, parse_tile),
-            "attention" => replace(&mut self.attention, value, parse_share),
-            "held" => replace(&mut self.held, value, |held| {
-                Some(held).filter(|held| ["0", "1"].contains(held)).map(|held| held == "1")
-            }),
+            "dense" => replace(&mut self.dense, value, TILE, parse_tile),
+            "expand" => replace(&mut self.expand, value, TILE, parse_tile),
+            "contract" => replace(&mut self.contract, value, TILE, parse_tile),
+            "outer" => replace(std::slice::from_mut(&mut self.outer), value, TILE, parse_tile),
+            "attention" => replace(&mut self.attention, value, TILE, parse_share),
+            "held" => replace(&mut self.held, value, "0 or 1", parse_switch),
             "busy" => numbers(value).map(|[busy]| self.busy_threads = busy),
             "unroll" => numbers(value).map(|[unroll]| self.unroll = unroll),
             "buffers" => numbers(value).map(|[buffers]| self.buffers = buffers),
@@ -418,15 +416,26 @@ impl Tile {
 }
 
 /// Replaces the first tiles of `list` by those that `text` names.
-fn replace<T>(list: &mut [T], text: &str, parse: fn(&str) -> Option<T>) -> std::result::Result<(), String> {
+fn replace<T>(list: &mut [T], text: &str, what: &str, parse: fn(&str) -> Option<T>) -> std::result::Result<(), String> {
     let named: Vec<&str> = text.split(',').collect();
     if named.len() > list.len() {
-        return Err(format!("it has {} tiles, but there are only {}", named.len(), list.len()));
+        return Err(format!("it has {} values, but there are only {}", named.len(), list.len()));
     }
-    for (tile, text) in list.iter_mut().zip(named) {
-        *tile = parse(text.trim()).ok_or_else(|| format!("'{text}' is no tile of its kind"))?;
+    for (value, text) in list.iter_mut().zip(named) {
+        *value = parse(text.trim()).ok_or_else(|| format!("'{text}' is not {what}"))?;
     }
     Ok(())
+}
+
+/// What a value that [`parse_tile`] or [`parse_share`] refuses is not.
+const TILE: &str = "a tile of its kind";
+
+fn parse_switch(text: &str) -> Option<bool> {
+    match text {
+        "0" => Some(false),
+        "1" => Some(true),
+        _ => None,
+    }
 }
 
 fn parse_tile(text: &str) -> Option<Tile> {
@@ -562,20 +571,21 @@ mod tests {
     fn changes_that_make_no_kernel_are_sentences() {
         for (changes, why) in [
             ("fast", "the keys are dense"),
-            ("dense=8", "'8' is no tile"),
-            ("dense=64x64x8:8", "no tile"),
+            ("dense=8", "'8' is not a tile"),
+            ("dense=64x64x8:8", "not a tile"),
             ("dense=1x1x1:1x1,2,3,4", "there are only 3"),
             ("dense=96x100x8:8x4", "multiples of 32"),
             ("dense=256x256x8:8x8", "at most 256 threads"),
             ("dense=64x64x8:0x8", "a thread's rows"),
-            ("dense=64x64x8:99999999999999999999x8", "no tile"),
+            ("dense=64x64x8:99999999999999999999x8", "not a tile"),
             ("expand=128x96x8:8x8", "expand's columns"),
             ("contract=64x64x32:8x8", "the band's depth"),
             ("outer=32x64x8:8x8", "outer's rows"),
-            ("attention=4x4", "no tile"),
-            ("attention=32x32:4x4", "no tile"),
+            ("attention=4x4", "not a tile"),
+            ("attention=32x32:4x4", "not a tile"),
             ("attention=64x32:5x4", "attention is"),
-            ("held=1,2", "'2' is no"),
+            ("held=1,2", "'2' is not 0 or 1"),
+            ("held=1,0,1,1", "4 values, but there are only 3"),
             ("busy=-1", "'-1' is not a number"),
             ("busy=0", "busy is 1 to"),
             ("busy=9999999", "busy is 1 to"),
