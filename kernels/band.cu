@@ -24,27 +24,25 @@ constexpr int WARPS_DOWN = BLOCK_ROWS / WARP_ROWS;
 constexpr int THREADS = 32 * WARPS_DOWN * (BLOCK_COLS / WARP_COLS);
 constexpr int MT = WARP_ROWS / 16;
 constexpr int NT = WARP_COLS / 8;
-// A warp with many results has few registers for more than a step of the product at a time.
-[[maybe_unused]] constexpr int BAND_UNROLL = MT * NT >= 16 && UNROLL > 2 ? 2 : UNROLL;
-constexpr int PANEL_ROWS = 64;
-[[maybe_unused]] constexpr int WIDTH = ALIGNED ? LANES : 1;
-// Floats between rows of a tile of results: a quarter of the banks further each, so that a warp's stores spread over all.
-[[maybe_unused]] constexpr int RESULT_STRIDE = BLOCK_COLS + 8;
-// Rows of results that lie in shared memory at one time.
-[[maybe_unused]] constexpr int RESULT_ROWS = BLOCK_ROWS < 128 ? BLOCK_ROWS : 128;
-
-struct Panel {
-    int row, rows, col, cols, offset;
-
-    __device__ __forceinline__ int end() const {
-        return col + cols;
-    }
-};
-
-__device__ __forceinline__ Panel panel_at(const u32* table, int index) {
-    const u32* words = table + 8 + 5 * index;
-    return Panel{(int)words[0], (int)words[1], (int)words[2], (int)words[3], (int)words[4]};
-}
+// Neighbours in a row that a thread finishes at a time.
+[[maybe_unused]] constexpr int WIDTH = !ALIGNED ? 1 : PRECISION == 16 ? LANES : 2;
+// The operands in a stage: the rows or columns of the block's results by the depth, along it or across.
+#if defined(OUTER)
+constexpr bool LEFT_ACROSS = true;
+#else
+constexpr bool LEFT_ACROSS = false;
+#endif
+#if defined(EXPAND)
+constexpr bool RIGHT_ACROSS = false;
+#else
+constexpr bool RIGHT_ACROSS = true;
+#endif
+constexpr int LEFT_ROWS = LEFT_ACROSS ? DEPTH : BLOCK_ROWS, RIGHT_ROWS = RIGHT_ACROSS ? DEPTH : BLOCK_COLS;
+constexpr int LEFT_BYTES = Tile<LEFT_ROWS>::bytes(LEFT_ACROSS ? BLOCK_ROWS : DEPTH);
+constexpr int STAGE_BYTES = LEFT_BYTES + Tile<RIGHT_ROWS>::bytes(RIGHT_ACROSS ? BLOCK_COLS : DEPTH);
+// Parts that a stage is fetched in: a round of chunks is the least that all threads copy of the smallest piece.
+constexpr int SMALLEST = DEPTH * PANEL_ROWS / LANES / THREADS;
+constexpr int PARTS = PRECISION == 32 || SMALLEST < 2 ? 1 : SMALLEST < 4 ? 2 : 4;
 
 // `Count` (1 or 2) neighbouring panels; where there is no second it is empty.
 template <int Count>
@@ -66,188 +64,382 @@ struct Group {
     }
 };
 
-// The tiles of 8 columns, of those of a warp from `col`, that [first, end) covers: windows are multiples of 16 columns.
+// Which halves of a warp's columns are multiplied.
 struct Covered {
-    int begin, end;
-
-    __device__ __forceinline__ Covered(int first, int last, int col) {
-        begin = min(max(first - col, 0), WARP_COLS) / 8;
-        end = min(max(last - col, 0), WARP_COLS) / 8;
-    }
+    bool left, right;
 
     __device__ __forceinline__ bool all() const {
-        return begin == 0 && end == NT;
+        return left && right;
     }
 };
 
-// acc += left right over Depth, for the covered tiles. Where all are covered there is nothing to ask between the steps.
-template <int Depth, class Left, class Right>
-__device__ __forceinline__ void multiply_covered(float (&acc)[MT][NT][4], const Left& left, const Right& right,
-                                                 const Covered& tiles) {
-    if (tiles.all()) {
-#pragma unroll BAND_UNROLL
-        for (int k = 0; k < Depth; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
-    } else if (tiles.begin < tiles.end) {
-#pragma unroll 1
-        for (int k = 0; k < Depth; k += KSTEP) multiply<MT, NT>(acc, left, right, k, tiles.begin, tiles.end);
-    }
+// Those, of a warp's from `col`, that [first, last) touches.
+__device__ __forceinline__ Covered covered(int first, int last, int col) {
+    int middle = col + WARP_COLS / 2;
+    return Covered{first < middle && last > col, first < col + WARP_COLS && last > middle};
 }
 
-// Fills acc, stage by stage: fetch(step) starts to copy one and closes a group of copies, use(step) multiplies it.
-template <class Fetch, class Use>
-__device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], int steps, const Fetch& fetch, const Use& use) {
+// What a thread copies of Rows rows x Cols columns that lie in a stage's tile of `TileRows` rows from byte `Offset` on: one column's
+// chunks, in PARTS parts.
+template <int Rows, int Cols, int TileRows, int Offset>
+struct Copies {
+    static constexpr int CHUNKS = rounded_chunks(Cols), AT_ONCE = THREADS / CHUNKS, ROUNDS = Rows / AT_ONCE / PARTS;
+    static_assert(ROUNDS * AT_ONCE * PARTS == Rows && AT_ONCE % 8 == 0, "whole rounds of rows that are permuted alike");
+    int row, col;
+    u32 place;
+
+    __device__ __forceinline__ Copies() : row(threadIdx.x / CHUNKS), col(threadIdx.x % CHUNKS * LANES) {
+        Tile<TileRows> tile{nullptr};
+        place = Offset + (u32)(tile.at(row, col) - tile.base);
+        keep(place);
+    }
+
+    // Starts to copy a part from `from`, where the thread's first chunk lies; zeros from row `rows` on and outside columns [begin, end).
+    __device__ __forceinline__ void copy(char* stage, int part, const Element* from, long long stride, int rows, int begin,
+                                         int end) const {
+        if (Cols % (CHUNKS * LANES) != 0 && col >= Cols) return;
+#pragma unroll ALIGNED ? ROUNDS : 1
+        for (int r = 0; r < ROUNDS; r++) {
+            int down = (part * ROUNDS + r) * AT_ONCE;
+            char* to = stage + place + down * 128;
+            bool valid = WHOLE || row + down < rows;
+#if ALIGNED
+            copy_async(to, from + down * stride, valid && col >= begin && col < end);
+#else
+            for (int lane = 0; lane < LANES; lane++) {
+                bool inside = valid && col + lane >= begin && col + lane < end;
+                store_element(reinterpret_cast<Element*>(to) + lane, inside ? to_float(from[down * stride + lane]) : 0.0f);
+            }
+#endif
+        }
+    }
+};
+
+#if PRECISION != 32
+
+// An operand of the products, as a lane reads it: `lane` is the place in a stage of its part of the first 16 rows or columns at the
+// first step of the depth.
+template <bool Left, bool IsAcross, int Rows, int Offset>
+struct Operand {
+    int first;
+    u32 lane;
+
+    __device__ __forceinline__ Operand(int first) : first(first) {
+        int l = threadIdx.x % 32;
+        // Of four matrices of 8 rows or columns by 8 steps that are read at once, the next in the one direction and in the other.
+        int eight = Left ? l / 8 % 2 : l / 16, step = Left ? l / 16 : l / 8 % 2;
+        int at = first + l % 8 + eight * 8;
+        Tile<Rows> tile{nullptr};
+        lane = Offset + (u32)((IsAcross ? tile.at(l % 8 + step * 8, first + eight * 8) : tile.at(at, step * LANES)) - tile.base);
+        keep(lane);
+    }
+
+    // The 16 rows or columns from 16 i at step k of the depth.
+    __device__ __forceinline__ void load(u32 (&r)[4], char* stage, int i, int k) const {
+        if constexpr (!IsAcross) {
+            load_matrices(r, stage + (lane ^ (k * (int)sizeof(Element))) + 16 * 128 * i);
+        } else if constexpr (PRECISION == 16) {
+            load_matrices_transposed(r, stage + (lane ^ (i % 4 * 32)) + i / 4 * Rows * 128 + 128 * k);
+        } else {
+            Across<Rows> operand{Tile<Rows>{stage + Offset}, first};
+            if constexpr (Left) load_left(r, operand, i, k);
+            else load_right(r, operand, i, k);
+        }
+        round_operand(r);
+    }
+};
+
+// The operands of one step of the depth, as the tensor cores take them.
+struct Fragments {
+    u32 a[MT][4], b[NT / 2][4];
+
+    template <class Left, class Right>
+    __device__ __forceinline__ void load(const Left& left, const Right& right, char* stage, int k) {
+#pragma unroll
+        for (int i = 0; i < MT; i++) left.load(a[i], stage, i, k);
+#pragma unroll
+        for (int j = 0; j < NT / 2; j++) right.load(b[j], stage, j, k);
+    }
+
+    // The tiles of 8 columns in [Begin, End).
+    template <int Begin, int End>
+    __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4]) const {
+#pragma unroll
+        for (int j = Begin; j < End; j += 2) {
+#pragma unroll
+            for (int i = 0; i < MT; i++) {
+                mma(acc[i][j], a[i], b[j / 2][0], b[j / 2][1]);
+                mma(acc[i][j + 1], a[i], b[j / 2][2], b[j / 2][3]);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void multiply(float (&acc)[MT][NT][4], const Covered& tiles) const {
+        if (tiles.left) multiply<0, NT / 2>(acc);
+        if (tiles.right) multiply<NT / 2, NT>(acc);
+    }
+};
+
+#endif
+
+// The place, in bytes, of the stage after or before another.
+__device__ __forceinline__ int after(int slot) {
+    return slot == (STAGES - 1) * STAGE_BYTES ? 0 : slot + STAGE_BYTES;
+}
+
+__device__ __forceinline__ int before(int slot) {
+    return slot == 0 ? (STAGES - 1) * STAGE_BYTES : slot - STAGE_BYTES;
+}
+
+// Fills acc, stage by stage, by one of the kernels' products:
+//   fetch(step, slot, part)  starts to copy a part of a stage, zeros beyond the last one; the last part closes a group of copies
+//   arrived(step, slot)      a stage is there
+//   tiles(step, k)           those that are multiplied at step k of the stage's depth
+//   also(fragments)          has another use of each step's operands
+//   all(step)                whether those are all, so that there is nothing to ask between the products
+// While the operands of a step of the depth are multiplied the next ones come to registers, and copies start part by part; a stage's
+// place is free once its last operands have been read.
+template <class Product>
+__device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], char* shared, int steps, int warp_row, int warp_col,
+                                           Product& product) {
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
         for (int j = 0; j < NT; j++) acc[i][j][0] = acc[i][j][1] = acc[i][j][2] = acc[i][j][3] = 0.0f;
     }
-    for (int step = 0; step < STAGES - 1; step++) fetch(step);
+    auto fetch_all = [&](int step, int slot) {
+        for (int part = 0; part < PARTS; part++) product.fetch(step, slot, part);
+    };
+    for (int step = 0; step < STAGES - 1; step++) fetch_all(step, step * STAGE_BYTES);
+    int slot = 0;
+#if PRECISION == 32
     for (int step = 0; step < steps; step++) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();
-        fetch(step + STAGES - 1);
-        use(step);
+        product.arrived(step, slot);
+        fetch_all(step + STAGES - 1, before(slot));
+        Tile<LEFT_ROWS> left{shared + slot};
+        Tile<RIGHT_ROWS> right{shared + slot + LEFT_BYTES};
+        for (int k = 0; k < DEPTH; k += KSTEP) {
+            Covered tiles = product.tiles(step, k);
+            multiply<MT, NT>(acc, At<LEFT_ACROSS, LEFT_ROWS>{left, warp_row}, At<RIGHT_ACROSS, RIGHT_ROWS>{right, warp_col}, k,
+                             tiles.left ? 0 : NT / 2, tiles.right ? NT : NT / 2);
+        }
+        slot = after(slot);
     }
+#else
+    Operand<true, LEFT_ACROSS, LEFT_ROWS, 0> left(warp_row);
+    Operand<false, RIGHT_ACROSS, RIGHT_ROWS, LEFT_BYTES> right(warp_col);
+    copy_async_wait<STAGES - 2>();
+    __syncthreads();
+    product.arrived(0, 0);
+    product.fetch(STAGES - 1, (STAGES - 1) * STAGE_BYTES, 0);
+    Fragments fragments[2];
+    fragments[0].load(left, right, shared, 0);
+    auto stage = [&](int step, auto&& multiply) {
+        constexpr int LAST = DEPTH / KSTEP - 1;
+        static_assert(LAST % 2 == 1 && PARTS <= LAST + 1, "the first step's operands are where a stage before leaves them");
+#pragma unroll
+        for (int at = 0; at <= LAST; at++) {
+            Fragments& next = fragments[(at + 1) % 2];
+            if (at < LAST) {
+                next.load(left, right, shared + slot, (at + 1) * KSTEP);
+                if (at + 1 < PARTS) product.fetch(step + STAGES - 1, before(slot), at + 1);
+            } else {
+                copy_async_wait<STAGES - 2>();
+                __syncthreads();
+                product.arrived(step + 1, after(slot));
+                next.load(left, right, shared + after(slot), 0);
+                product.fetch(step + STAGES, slot, 0);
+            }
+            multiply(fragments[at % 2], at * KSTEP);
+            product.also(fragments[at % 2]);
+        }
+        slot = after(slot);
+    };
+    for (int step = 0; step < steps; step++) {
+        if (product.all(step)) {
+            stage(step, [&](const Fragments& now, int) { now.template multiply<0, NT>(acc); });
+        } else {
+            stage(step, [&](const Fragments& now, int k) { now.multiply(acc, product.tiles(step, k)); });
+        }
+    }
+#endif
+    copy_async_commit();
     copy_async_wait<0>();
 }
 
-// Starts to copy rows [row, row + Count) x columns [col, col + Cols) of a panel to the tile's rows from `tile_row`; `col`
-// counts as the narrow axis does.
-template <int Count, int Cols, int Rows>
-__device__ __forceinline__ void stage_panel(const Tile<Rows>& tile, int tile_row, const Element* weights, const Panel& panel,
-                                            int row, int col) {
-    const Element* source = weights + panel.offset + row * panel.cols + col - panel.col;
-    stage_aligned<Count, Cols, THREADS>(tile, tile_row, source, panel.cols, panel.rows - row, panel.col - col,
-                                        panel.end() - col);
-}
-
-// Brings the block's results to shared memory, RESULT_ROWS rows at a time, and has each thread `finish` neighbours of a row:
-// finish(row, col, sums), all inside `rows` and `cols`.
+// Has each thread `finish` neighbours of a row: finish(row, col, sums), all inside `rows` and `cols`.
 template <class Finish>
-__device__ __forceinline__ void finish_results(char* shared, const float (&acc)[MT][NT][4], int warp_row, int warp_col, int rows,
-                                               int cols, const Finish& finish) {
-    float* results = reinterpret_cast<float*>(shared);
+__device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], int warp_row, int warp_col, int rows, int cols,
+                                               const Finish& finish) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll 1
-    for (int first = 0; first < min(rows, BLOCK_ROWS); first += RESULT_ROWS) {
-        __syncthreads();
-        if (warp_row >= first && warp_row < first + RESULT_ROWS) {
 #pragma unroll
-            for (int i = 0; i < MT; i++) {
+    for (int q = 0; q < NT / 4; q++) {
 #pragma unroll
-                for (int j = 0; j < NT; j++) {
-                    float* at = results + (warp_row - first + 16 * i + g) * RESULT_STRIDE + warp_col + 8 * j + 2 * t;
-                    *reinterpret_cast<float2*>(at) = make_float2(acc[i][j][0], acc[i][j][1]);
-                    *reinterpret_cast<float2*>(at + 8 * RESULT_STRIDE) = make_float2(acc[i][j][2], acc[i][j][3]);
+        for (int i = 0; i < MT; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = warp_row + 16 * i + 8 * half + g, col = warp_col + 32 * q;
+#if PRECISION == 16 && ALIGNED
+                u32 even[4], odd[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    even[j] = __float_as_uint(acc[i][4 * q + j][2 * half]);
+                    odd[j] = __float_as_uint(acc[i][4 * q + j][2 * half + 1]);
                 }
+                turn(even);
+                turn(odd);
+                float sums[WIDTH];
+#pragma unroll
+                for (int j = 0; j < 4; j++) sums[2 * j] = __uint_as_float(even[j]), sums[2 * j + 1] = __uint_as_float(odd[j]);
+                if (row < rows && col + 8 * t < cols) finish(row, col + 8 * t, sums);
+#else
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+#pragma unroll
+                    for (int c = 0; c < 2; c += WIDTH) {
+                        float sums[WIDTH];
+#pragma unroll
+                        for (int lane = 0; lane < WIDTH; lane++) sums[lane] = acc[i][4 * q + j][2 * half + c + lane];
+                        int at = col + 8 * j + 2 * t + c;
+                        if (row < rows && at < cols) finish(row, at, sums);
+                    }
+                }
+#endif
             }
-        }
-        __syncthreads();
-#pragma unroll ALIGNED ? 4 : 1
-        for (int i = threadIdx.x; i < RESULT_ROWS * BLOCK_COLS / WIDTH; i += THREADS) {
-            int r = i / (BLOCK_COLS / WIDTH), c = i % (BLOCK_COLS / WIDTH) * WIDTH;
-            if (first + r >= rows || c >= cols) continue;
-            float sums[WIDTH];
-            load(sums, results + r * RESULT_STRIDE + c);
-            finish(first + r, c, sums);
         }
     }
 }
 
 #if defined(EXPAND)
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    band_expand(Element* y, Element* pre, const Element* x, const Element* weights, const float* bias, const u32* table,
-                int rows) {
-    constexpr int PANELS = BLOCK_COLS / PANEL_ROWS;
-    constexpr int STAGE_BYTES = (BLOCK_ROWS + BLOCK_COLS) * 128;
-    static_assert(WARP_COLS == PANEL_ROWS && DEPTH == SEGMENT, "a warp has a panel, a stage one segment");
-    SHARED_MEMORY(shared);
+constexpr int PANELS = BLOCK_COLS / PANEL_ROWS;
+static_assert(PANELS <= 2 && WARP_COLS % PANEL_ROWS == 0, "a warp has whole panels");
+
+struct Expand {
+    char* shared;
+    const Element *x, *weights;
+    const u32* table;
+    int narrow, rows, steps;
+    Copies<BLOCK_ROWS, DEPTH, BLOCK_ROWS, 0> x_copies;
+    Copies<PANEL_ROWS, DEPTH, BLOCK_COLS, LEFT_BYTES> p_copies;
+    // Of the stage to fetch next: its first column, and where the thread's share of it lies.
+    int col;
+    const Element *x_from, *upper_from, *lower_from;
+    Panel upper, lower;
 #if BLOCKS
     // Stages that a block of the pattern makes.
-    constexpr int PER_BLOCK = 64 / DEPTH;
+    static constexpr int PER_BLOCK = 64 / DEPTH;
     static_assert(PANELS == 2, "a block has the rows of a block of the pattern");
-    int narrow = table[0], wide = table[1], groups = ceil_div(wide, BLOCK_COLS), col0 = blockIdx.x % groups * BLOCK_COLS;
-    const u32* blocks = table + table[7] + 2 * table[4] + blockIdx.x % groups;
-    int steps = (blocks[1] - blocks[0]) * PER_BLOCK;
+    int first;
 #else
-    int narrow = table[0], wide = table[1], groups = ceil_div(table[2], PANELS);
-    Group<PANELS> group(table, blockIdx.x % groups);
+    int first;
+    // The panels, upper and lower or the same, that the warp has.
+    Panel own, own_lower;
 #endif
-    int row0 = blockIdx.x / groups * BLOCK_ROWS;
+
+    __device__ __forceinline__ Expand(char* shared, const Element* x, const Element* weights, const u32* table, int rows, int index,
+                                      int row0, int warp_col)
+        : shared(shared), x(x), weights(weights), table(table), narrow(table[0]), rows(rows - row0), col(0), upper_from(weights),
+          lower_from(weights), upper{}, lower{} {
+        x_from = x + (long long)(row0 + x_copies.row) * narrow + x_copies.col;
+#if BLOCKS
+        const u32* blocks = table + table[7] + 2 * table[4] + index;
+        first = blocks[0], steps = (blocks[1] - first) * PER_BLOCK;
+        this->x = x_from;
+        go(0);
+#else
+        Group<PANELS> group(table, index);
+        upper = group.upper, lower = group.lower, first = col = group.first;
+        steps = ceil_div(group.end - first, DEPTH);
+        own = group.of(warp_col), own_lower = group.of(warp_col + WARP_COLS - PANEL_ROWS);
+        x_from += col;
+        upper_from = from(upper), lower_from = from(lower);
+#endif
+    }
+
+    // Where the thread's share of a panel lies from the stage's first column on.
+    __device__ __forceinline__ const Element* from(const Panel& panel) const {
+        return weights + panel.offset + p_copies.row * panel.cols + p_copies.col + col - panel.col;
+    }
+
+#if BLOCKS
+    // Goes to a stage to fetch: what is read of it here is there when it is needed.
+    __device__ __forceinline__ void go(int step) {
+        if (step >= steps) return;
+        int index = 2 * (first + step / PER_BLOCK);
+        upper = panel_at(table, index), lower = panel_at(table, index + 1);
+        col = upper.col + step % PER_BLOCK * DEPTH;
+        x_from = x + col, upper_from = from(upper), lower_from = from(lower);
+    }
+
+    __device__ __forceinline__ bool all(int) const {
+        return true;
+    }
+
+    __device__ __forceinline__ Covered tiles(int, int) const {
+        return Covered{true, true};
+    }
+#else
+    __device__ __forceinline__ void go(int) {
+        col += DEPTH;
+        x_from += DEPTH, upper_from += DEPTH, lower_from += DEPTH;
+    }
+
+    __device__ __forceinline__ bool all(int step) const {
+        int at = first + step * DEPTH;
+        return at >= max(own.col, own_lower.col) && at + DEPTH <= min(own.end(), own_lower.end());
+    }
+
+    __device__ __forceinline__ Covered tiles(int step, int k) const {
+        int at = first + step * DEPTH + k;
+        return Covered{at >= own.col && at < own.end(), at >= own_lower.col && at < own_lower.end()};
+    }
+#endif
+
+    __device__ __forceinline__ void arrived(int, int) {}
+
+#if PRECISION != 32
+    __device__ __forceinline__ void also(const Fragments&) {}
+#endif
+
+    __device__ __forceinline__ void fetch(int step, int slot, int part) {
+        bool more = step < steps;
+        char* stage = shared + slot;
+        x_copies.copy(stage, part, x_from, narrow, rows, 0, more ? narrow - col : 0);
+        p_copies.copy(stage, part, upper_from, upper.cols, upper.rows, upper.col - col, more ? upper.end() - col : upper.col - col);
+        if (PANELS == 2) {
+            p_copies.copy(stage + PANEL_ROWS * 128, part, lower_from, lower.cols, lower.rows, lower.col - col,
+                          more ? lower.end() - col : lower.col - col);
+        }
+        if (part < PARTS - 1) return;
+        copy_async_commit();
+        go(step + 1);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    band_expand(Element* y, Element* pre, const Element* x, const Element* weights,
+                const float* __restrict__ bias, const u32* table, int rows) {
+    SHARED_MEMORY(shared);
+    int wide = table[1], groups = ceil_div(wide, BLOCK_COLS), index = blockIdx.x % groups;
+    int row0 = blockIdx.x / groups * BLOCK_ROWS, col0 = index * BLOCK_COLS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
-#if !BLOCKS
-    Panel own = group.of(warp_col);
-    int steps = ceil_div(group.end - group.first, DEPTH), col0 = group.upper.row;
-#endif
 
 #if EPILOGUE == 2
     // What the results are multiplied by at the end is on its way meanwhile.
-    constexpr int LINE = 128 / sizeof(Element);
-    for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / LINE; i += THREADS) {
-        int row = row0 + i / (BLOCK_COLS / LINE), col = col0 + i % (BLOCK_COLS / LINE) * LINE;
+    constexpr int SECTORS = 128 / sizeof(Element);
+    for (int i = threadIdx.x; i < BLOCK_ROWS * BLOCK_COLS / SECTORS; i += THREADS) {
+        int row = row0 + i / (BLOCK_COLS / SECTORS), col = col0 + i % (BLOCK_COLS / SECTORS) * SECTORS;
         if (row < rows && col < wide) prefetch(pre + (long long)row * wide + col);
     }
 #endif
 
-    auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * STAGE_BYTES}; };
-    auto p_tile = [&](int step) { return Tile<BLOCK_COLS>{x_tile(step).base + BLOCK_ROWS * 128}; };
-    const Element* x_rows = x + (long long)row0 * narrow;
+    Expand product(shared, x, weights, table, rows, index, row0, warp_col);
     float acc[MT][NT][4];
-#if BLOCKS
-    // The panels of the next stage to fetch are read a stage early: they are there when they are needed.
-    Panel upper = {}, lower = {};
-    auto read_ahead = [&](int step) {
-        if (step >= steps) return;
-        int index = 2 * (blocks[0] + step / PER_BLOCK);
-        upper = panel_at(table, index), lower = panel_at(table, index + 1);
-    };
-    auto fetch = [&](int step) {
-        if (step < steps) {
-            int col = upper.col + step % PER_BLOCK * DEPTH;
-            stage<DEPTH, THREADS>(x_tile(step), x_rows + col, narrow, rows - row0, narrow - col);
-            stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), 0, weights, upper, 0, col);
-            stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), PANEL_ROWS, weights, lower, 0, col);
-        }
-        copy_async_commit();
-        read_ahead(step + 1);
-    };
-
-    read_ahead(0);
-    run_stages(acc, steps, fetch, [&](int step) {
-        Along<BLOCK_ROWS> left{x_tile(step), warp_row};
-        Along<BLOCK_COLS> right{p_tile(step), warp_col};
-#pragma unroll BAND_UNROLL
-        for (int k = 0; k < DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
-    });
-#else
-    auto fetch = [&](int step) {
-        if (step < steps) {
-            int col = group.first + step * DEPTH;
-            stage<DEPTH, THREADS>(x_tile(step), x_rows + col, narrow, rows - row0, narrow - col);
-            stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), 0, weights, group.upper, 0, col);
-            if (PANELS == 2) stage_panel<PANEL_ROWS, DEPTH>(p_tile(step), PANEL_ROWS, weights, group.lower, 0, col);
-        }
-        copy_async_commit();
-    };
-
-    run_stages(acc, steps, fetch, [&](int step) {
-        Along<BLOCK_ROWS> left{x_tile(step), warp_row};
-        Along<BLOCK_COLS> right{p_tile(step), warp_col};
-        int col = group.first + step * DEPTH;
-        if (col >= own.col && col + DEPTH <= own.end()) {
-#pragma unroll BAND_UNROLL
-            for (int k = 0; k < DEPTH; k += KSTEP) multiply<MT, NT>(acc, left, right, k);
-        } else {
-#pragma unroll 1
-            for (int k = max(own.col - col, 0); k < min(own.end() - col, DEPTH); k += KSTEP) {
-                multiply<MT, NT>(acc, left, right, k);
-            }
-        }
-    });
-#endif
-
-    finish_results(shared, acc, warp_row, warp_col, rows - row0, wide - col0, [&](int r, int c, float(&sums)[WIDTH]) {
+    run_stages(acc, shared, product.steps, warp_row, warp_col, product);
+    finish_results(acc, warp_row, warp_col, rows - row0, wide - col0, [&](int r, int c, float(&sums)[WIDTH]) {
         long long at = (long long)(row0 + r) * wide + col0 + c;
         float others[WIDTH];
 #if EPILOGUE == 1
@@ -268,51 +460,83 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 #elif defined(CONTRACT)
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    band_contract(Element* y, const Element* x, const Element* weights, const float* bias, const u32* table, int tiles_at,
-                  int rows) {
+struct Contract {
     // Stages that a panel's rows make.
-    constexpr int PER_PANEL = PANEL_ROWS / DEPTH;
-    constexpr int STAGE_BYTES = BLOCK_ROWS * 128 + Tile<DEPTH>::bytes(BLOCK_COLS);
-    static_assert(DEPTH == SEGMENT, "a stage has one segment");
+    static constexpr int PER_PANEL = PANEL_ROWS / DEPTH;
+    char* shared;
+    int2* windows;  // the columns that the panel of each stage on its way covers
+    const Element *x, *weights;
+    const u32 *table, *list;
+    int wide, rows, col0, warp_col, steps;
+    Copies<BLOCK_ROWS, DEPTH, BLOCK_ROWS, 0> x_copies;
+    Copies<DEPTH, BLOCK_COLS, DEPTH, LEFT_BYTES> p_copies;
+    // Of the stage to fetch next: its panel, the first of the panel's rows that it has, and where the thread's share lies.
+    Panel panel;
+    int row;
+    const Element *x_from, *p_from;
+    Covered here, next;
+
+    __device__ __forceinline__ Contract(char* shared, int2* windows, const Element* x, const Element* weights, const u32* table,
+                                        int tiles_at, int tile, int rows, int row0, int warp_col)
+        : shared(shared), windows(windows), weights(weights), table(table), wide(table[1]), rows(rows - row0), col0(tile * BLOCK_COLS),
+          warp_col(warp_col), panel{} {
+        list = table + table[tiles_at + 2 * tile];
+        steps = table[tiles_at + 2 * tile + 1] * PER_PANEL;
+        this->x = x + (long long)(row0 + x_copies.row) * wide + x_copies.col;
+        go(0);
+    }
+
+    // Goes to a stage to fetch: what is read of it here is there when it is needed.
+    __device__ __forceinline__ void go(int step) {
+        if (step < steps) panel = panel_at(table, list[step / PER_PANEL]);
+        row = step % PER_PANEL * DEPTH;
+        x_from = x + panel.row + row;
+        p_from = weights + panel.offset + (row + p_copies.row) * panel.cols + col0 + p_copies.col - panel.col;
+    }
+
+    __device__ __forceinline__ void arrived(int, int slot) {
+        int2 window = windows[slot / STAGE_BYTES];
+        next = covered(window.x, window.y, col0 + warp_col);
+    }
+
+    __device__ __forceinline__ bool all(int) {
+        here = next;
+        return here.all();
+    }
+
+    __device__ __forceinline__ Covered tiles(int, int) const {
+        return PRECISION == 32 ? next : here;
+    }
+
+#if PRECISION != 32
+    __device__ __forceinline__ void also(const Fragments&) {}
+#endif
+
+    __device__ __forceinline__ void fetch(int step, int slot, int part) {
+        bool more = step < steps;
+        char* stage = shared + slot;
+        x_copies.copy(stage, part, x_from, wide, rows, 0, more ? panel.rows - row : 0);
+        p_copies.copy(stage, part, p_from, panel.cols, panel.rows - row, panel.col - col0, more ? panel.end() - col0 : panel.col - col0);
+        if (part == 0 && threadIdx.x == 0) windows[slot / STAGE_BYTES] = make_int2(panel.col, panel.end());
+        if (part < PARTS - 1) return;
+        copy_async_commit();
+        go(step + 1);
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    band_contract(Element* y, const Element* x, const Element* weights, const float* __restrict__ bias, const u32* table,
+                  int tiles_at, int rows) {
     SHARED_MEMORY(shared);
-    // The columns that the panel of each stage on its way covers.
     __shared__ int2 windows[STAGES];
-    int narrow = table[0], wide = table[1], tiles_across = ceil_div(narrow, BLOCK_COLS), tile = blockIdx.x % tiles_across;
+    int narrow = table[0], tiles_across = ceil_div(narrow, BLOCK_COLS), tile = blockIdx.x % tiles_across;
     int col0 = tile * BLOCK_COLS, row0 = blockIdx.x / tiles_across * BLOCK_ROWS;
     int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
-    const u32* list = table + table[tiles_at + 2 * tile];
-    int steps = table[tiles_at + 2 * tile + 1] * PER_PANEL;
-
-    auto x_tile = [&](int step) { return Tile<BLOCK_ROWS>{shared + step % STAGES * STAGE_BYTES}; };
-    auto p_tile = [&](int step) { return Tile<DEPTH>{x_tile(step).base + BLOCK_ROWS * 128}; };
-    const Element* x_rows = x + (long long)row0 * wide;
-    // The panel of the next stage to fetch is read a stage early: it is there when it is needed.
-    Panel coming = {};
-    auto read_ahead = [&](int step) {
-        if (step < steps) coming = panel_at(table, list[step / PER_PANEL]);
-    };
-    auto fetch = [&](int step) {
-        if (step < steps) {
-            int row = step % PER_PANEL * DEPTH;
-            stage<DEPTH, THREADS>(x_tile(step), x_rows + coming.row + row, wide, rows - row0, coming.rows - row);
-            stage_panel<DEPTH, BLOCK_COLS>(p_tile(step), 0, weights, coming, row, col0);
-            if (threadIdx.x == 0) windows[step % STAGES] = make_int2(coming.col, coming.end());
-        }
-        copy_async_commit();
-        read_ahead(step + 1);
-    };
-
+    Contract product(shared, windows, x, weights, table, tiles_at, tile, rows, row0, warp_col);
     float acc[MT][NT][4];
-    read_ahead(0);
-    run_stages(acc, steps, fetch, [&](int step) {
-        Along<BLOCK_ROWS> left{x_tile(step), warp_row};
-        Across<DEPTH> right{p_tile(step), warp_col};
-        int2 window = windows[step % STAGES];
-        multiply_covered<DEPTH>(acc, left, right, Covered(window.x, window.y, col0 + warp_col));
-    });
+    run_stages(acc, shared, product.steps, warp_row, warp_col, product);
 
-    finish_results(shared, acc, warp_row, warp_col, rows - row0, narrow - col0, [&](int r, int c, float(&sums)[WIDTH]) {
+    finish_results(acc, warp_row, warp_col, rows - row0, narrow - col0, [&](int r, int c, float(&sums)[WIDTH]) {
         if (bias != nullptr) {
             float others[WIDTH];
             load(others, bias + col0 + c);
@@ -325,93 +549,169 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 #elif defined(OUTER)
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    band_outer(float* out, const Element* wide_values, const Element* narrow_values, const u32* table, int tiles_at, int rows,
-               int share_rows, int packed_len, int add) {
-    constexpr int PANELS = BLOCK_ROWS / PANEL_ROWS;
-    constexpr int WIDE_BYTES = Tile<DEPTH>::bytes(BLOCK_ROWS);
-    constexpr int STAGE_BYTES = WIDE_BYTES + Tile<DEPTH>::bytes(BLOCK_COLS);
-    static_assert(PANEL_ROWS % WARP_ROWS == 0, "a warp's rows lie in one panel");
-    SHARED_MEMORY(shared);
-    int narrow = table[0], wide = table[1];
-    Group<PANELS> group(table, table[tiles_at + 2 * blockIdx.x]);
-    int col0 = table[tiles_at + 2 * blockIdx.x + 1], row0 = group.upper.row;
-    int first = blockIdx.y * share_rows, end = min(rows, first + share_rows);
-    int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
-    Panel own = group.of(warp_row);
-    Covered tiles(own.col, own.end(), col0 + warp_col);
-    int steps = ceil_div(end - first, DEPTH);
+static_assert(PANEL_ROWS % WARP_ROWS == 0, "a warp's rows lie in one panel");
 
-    auto wide_tile = [&](int step) { return Tile<DEPTH>{shared + step % STAGES * STAGE_BYTES}; };
-    auto narrow_tile = [&](int step) { return Tile<DEPTH>{wide_tile(step).base + WIDE_BYTES}; };
-    auto fetch = [&](int step) {
-        if (step < steps) {
-            int m = first + step * DEPTH;
-            const Element* left = wide_values + (long long)m * wide + row0;
-            const Element* right = narrow_values + (long long)m * narrow + col0;
-            stage<BLOCK_ROWS, THREADS>(wide_tile(step), left, wide, end - m, wide - row0);
-            stage<BLOCK_COLS, THREADS>(narrow_tile(step), right, narrow, end - m, narrow - col0);
+// Of a warp's 16-row tiles each of the warps beside it sums the wide values of as many.
+constexpr int WARPS_ACROSS = BLOCK_COLS / WARP_COLS;
+constexpr int SUMMED = (MT + WARPS_ACROSS - 1) / WARPS_ACROSS;
+
+struct Outer {
+    char* shared;
+    int wide, narrow, wide_cols, narrow_cols, steps;
+    Covered own;
+    Copies<DEPTH, BLOCK_ROWS, DEPTH, 0> wide_copies;
+    Copies<DEPTH, BLOCK_COLS, DEPTH, LEFT_BYTES> narrow_copies;
+    // Of the stage to fetch next: where the thread's share lies, and the rows that are left.
+    const Element *wide_from, *narrow_from;
+    int left;
+    // Sums of wide values, as a product with ones; of the warp's 16-row tiles from `first_summed` on.
+    bool adds;
+    int first_summed;
+    float sums[SUMMED][4];
+
+    __device__ __forceinline__ Outer(char* shared, const Element* wide_values, const Element* narrow_values, const u32* table, int first,
+                                     int rows, int row0, int col0, const Covered& own, bool adds, int warp_col)
+        : shared(shared), wide(table[1]), narrow(table[0]), wide_cols(wide - row0), narrow_cols(narrow - col0),
+          steps(ceil_div(rows, DEPTH)), own(own), left(rows), adds(adds), first_summed(warp_col / WARP_COLS * SUMMED), sums{} {
+        wide_from = wide_values + (long long)(first + wide_copies.row) * wide + row0 + wide_copies.col;
+        narrow_from = narrow_values + (long long)(first + narrow_copies.row) * narrow + col0 + narrow_copies.col;
+    }
+
+    __device__ __forceinline__ void arrived(int, int slot) {
+#if PRECISION == 32
+        if (!adds || threadIdx.x >= BLOCK_ROWS) return;
+        Tile<DEPTH> values{shared + slot};
+        for (int k = 0; k < DEPTH; k++) sums[0][0] += values.element(k, threadIdx.x);
+#endif
+    }
+
+#if PRECISION != 32
+    __device__ __forceinline__ void also(const Fragments& fragments) {
+        constexpr u32 ONES = PRECISION == 16 ? 0x3f803f80u : 0x3f800000u;
+        if (!adds) return;
+#pragma unroll
+        for (int i = 0; i < SUMMED; i++) {
+            u32 a[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                a[e] = fragments.a[i][e];
+#pragma unroll
+                for (int from = SUMMED; from < MT; from += SUMMED) {
+                    u32 other = fragments.a[from + i][e];
+                    a[e] = first_summed == from ? other : a[e];
+                }
+            }
+            mma(sums[i], a, ONES, ONES);
         }
+    }
+#endif
+
+    __device__ __forceinline__ bool all(int) const {
+        return own.all();
+    }
+
+    __device__ __forceinline__ Covered tiles(int, int) const {
+        return own;
+    }
+
+    __device__ __forceinline__ void fetch(int step, int slot, int part) {
+        bool more = step < steps;
+        char* stage = shared + slot;
+        wide_copies.copy(stage, part, wide_from, wide, left, 0, more ? wide_cols : 0);
+        narrow_copies.copy(stage, part, narrow_from, narrow, left, 0, more ? narrow_cols : 0);
+        if (part < PARTS - 1) return;
         copy_async_commit();
-    };
+        wide_from += (long long)DEPTH * wide, narrow_from += (long long)DEPTH * narrow, left -= DEPTH;
+    }
 
+    // Sums to dbias, or to the item's piece.
+    __device__ __forceinline__ void write_sum(const Work& work, const Item& item, const OuterTile& tile, int row, float sum) const {
+        int j = tile.row + row;
+        if (!item.whole) {
+            piece_at(work, item.piece)[BLOCK_ROWS * BLOCK_COLS + row] = sum;
+        } else if (j < wide) {
+            work.bias[j] = work.add ? work.bias[j] + sum : sum;
+        }
+    }
+
+    __device__ __forceinline__ void write_sums(const Work& work, const Item& item, const OuterTile& tile, int warp_row) const {
+#if PRECISION == 32
+        if (threadIdx.x < BLOCK_ROWS) write_sum(work, item, tile, threadIdx.x, sums[0][0]);
+#else
+        if (threadIdx.x % 4 != 0 || first_summed >= MT) return;
+#pragma unroll
+        for (int i = 0; i < SUMMED; i++) {
+            int row = warp_row + 16 * (first_summed + i) + threadIdx.x % 32 / 4;
+            write_sum(work, item, tile, row, sums[i][0]);
+            write_sum(work, item, tile, row + 8, sums[i][2]);
+        }
+#endif
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    band_outer(float* out, float* bias, float* pieces, const Element* wide_values, const Element* narrow_values, const u32* table,
+               int tiles_at, int tiles, int whole, int parts, int rows, int add) {
+    SHARED_MEMORY(shared);
+    Work work{table, tiles_at, tiles, whole, parts, ceil_div(rows, DEPTH), add, out, bias, pieces};
+    Item item(work, blockIdx.x);
+    OuterTile tile(work, item.tile);
+    int warp = threadIdx.x / 32, warp_row = warp % WARPS_DOWN * WARP_ROWS, warp_col = warp / WARPS_DOWN * WARP_COLS;
+    Panel own = panel_or_none(table, tile.panel + warp_row / PANEL_ROWS);
+    bool adds = bias != nullptr && tile.adds;
+    int first = item.first * DEPTH;
+    Outer product(shared, wide_values, narrow_values, table, first, min(rows, item.end * DEPTH) - first, tile.row, tile.col,
+                  covered(own.col, own.end(), tile.col + warp_col), adds, warp_col);
     float acc[MT][NT][4];
-    run_stages(acc, steps, fetch, [&](int step) {
-        Across<DEPTH> left{wide_tile(step), warp_row};
-        Across<DEPTH> right{narrow_tile(step), warp_col};
-        multiply_covered<DEPTH>(acc, left, right, tiles);
-    });
-
-    bool shared_out = gridDim.y > 1;
-    float* target = out + (long long)blockIdx.y * packed_len;
-    const u32* ranges = table + table[6];
-    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    run_stages(acc, shared, product.steps, warp_row, warp_col, product);
+    if (adds) product.write_sums(work, item, tile, warp_row);
+    if (item.whole) {
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            int r = (warp_row + 16 * i) % PANEL_ROWS + threadIdx.x % 32 / 4;
+            write_results(work, own, r, tile.col + warp_col + threadIdx.x % 4 * 2, acc[i]);
+        }
+        return;
+    }
+    float4* piece = reinterpret_cast<float4*>(piece_at(work, item.piece));
 #pragma unroll
     for (int i = 0; i < MT; i++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            int r = (warp_row + 16 * i + 8 * half + g) % PANEL_ROWS;
-            if (r >= own.rows) continue;
-            int from = ranges[2 * (own.row + r)], to = ranges[2 * (own.row + r) + 1];
-#pragma unroll
-            for (int j = 0; j < NT; j++) {
-                if (j < tiles.begin || j >= tiles.end) continue;
-                int col = col0 + warp_col + 8 * j + 2 * t;
-                float2* at = reinterpret_cast<float2*>(target + own.offset + r * own.cols + col - own.col);
-                float2 sums = make_float2(acc[i][j][2 * half], acc[i][j][2 * half + 1]);
-                if (!shared_out) {
-                    float2 old = add ? *at : make_float2(0.0f, 0.0f);
-                    sums.x = col >= from && col < to ? sums.x + old.x : 0.0f;
-                    sums.y = col + 1 >= from && col + 1 < to ? sums.y + old.y : 0.0f;
-                }
-                *at = sums;
-            }
+        for (int j = 0; j < NT; j++) {
+            piece[(i * NT + j) * THREADS + threadIdx.x] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
         }
     }
 }
 
-extern "C" __global__ void band_outer_sum(float* out, const float* shares, const u32* table, int count, int packed_len,
-                                          int add) {
-#if BLOCKS
-    Panel panel = panel_at(table, blockIdx.x / PANEL_ROWS);
-    int row = panel.row + blockIdx.x % PANEL_ROWS;
-    if (row >= panel.row + panel.rows) return;
-#else
-    int row = blockIdx.x;
-    Panel panel = panel_at(table, row / PANEL_ROWS);
-#endif
-    const u32* range = table + table[6] + 2 * row;
-    int from = range[0], to = range[1];
-    int base = panel.offset + (row - panel.row) * panel.cols;
-    for (int c = threadIdx.x; c < panel.cols; c += blockDim.x) {
-        int col = panel.col + c;
-        float sum = 0.0f;
-        if (col >= from && col < to) {
-#pragma unroll 4
-            for (int share = 0; share < count; share++) sum += shares[(long long)share * packed_len + base + c];
-            if (add) sum += out[base + c];
+// Groups of 8 columns that a block of band_outer_sum adds up.
+constexpr int SUM_GROUPS = 4;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    band_outer_sum(float* out, float* bias, float* pieces, const u32* table, int tiles_at, int tiles, int whole, int parts, int add) {
+    Work work{table, tiles_at, tiles, whole, parts, 0, add, out, bias, pieces};
+    OuterTile tile(work, whole + blockIdx.x);
+    int group = blockIdx.y * SUM_GROUPS, i = blockIdx.z;
+    bool adds = bias != nullptr && tile.adds && group == 0 && i == 0;
+    float acc[SUM_GROUPS][4] = {};
+#pragma unroll 2
+    for (int part = 0; part < parts; part++) {
+        const float* piece = piece_at(work, part * work.cut() + blockIdx.x);
+#pragma unroll
+        for (int j = 0; j < SUM_GROUPS; j++) {
+            float4 c = reinterpret_cast<const float4*>(piece)[(i * NT + group + j) * THREADS + threadIdx.x];
+            acc[j][0] += c.x;
+            acc[j][1] += c.y;
+            acc[j][2] += c.z;
+            acc[j][3] += c.w;
         }
-        out[base + c] = sum;
+    }
+    int warp = threadIdx.x / 32, row = warp % WARPS_DOWN * WARP_ROWS + 16 * i, col = warp / WARPS_DOWN * WARP_COLS + 8 * group;
+    Panel panel = panel_or_none(table, tile.panel + row / PANEL_ROWS);
+    write_results(work, panel, row % PANEL_ROWS + threadIdx.x % 32 / 4, tile.col + col + threadIdx.x % 4 * 2, acc);
+    for (int own = threadIdx.x; adds && own < BLOCK_ROWS && tile.row + own < (int)table[1]; own += THREADS) {
+        float sum = 0.0f;
+        for (int part = 0; part < parts; part++) sum += piece_at(work, part * work.cut() + blockIdx.x)[BLOCK_ROWS * BLOCK_COLS + own];
+        bias[tile.row + own] = add ? bias[tile.row + own] + sum : sum;
     }
 }
 

@@ -21,7 +21,6 @@
 // Determinism: every piece is summed by one warpgroup in order of the depth, and pieces are added in that order.
 // Caller: src/backend/cuda/band_hopper.rs.
 
-constexpr int PANEL_ROWS = 64;
 constexpr int DEPTH = 64;
 constexpr int CONSUMERS = 256;
 constexpr int NT = BLOCK_COLS / 8;
@@ -45,21 +44,6 @@ constexpr int MULTIPLYING = 232, OTHERS = 40;
 #endif
 static_assert(CONSUMERS * MULTIPLYING + 128 * OTHERS <= 384 * REGISTERS, "registers that there are");
 
-struct Panel {
-    int row, rows, col, cols, offset;
-
-    __device__ __forceinline__ int end() const {
-        return col + cols;
-    }
-};
-
-// Panel `index`; beyond the last one there are empty ones.
-__device__ __forceinline__ Panel panel_at(const u32* table, int index) {
-    if (index >= (int)table[2]) return Panel{index * PANEL_ROWS, 0, 0, 0, 0};
-    const u32* words = table + 8 + 5 * index;
-    return Panel{(int)words[0], (int)words[1], (int)words[2], (int)words[3], (int)words[4]};
-}
-
 #if defined(EXPAND)
 
 // The rows of two neighbouring panels, and the columns of x that they are multiplied with, a stage at a time: those that any of
@@ -74,7 +58,7 @@ struct Strip {
         const u32* blocks = table + table[7] + 2 * table[4] + index;
         first = blocks[0], steps = blocks[1] - blocks[0];
 #else
-        upper = panel_at(table, 2 * index), lower = panel_at(table, 2 * index + 1);
+        upper = panel_or_none(table, 2 * index), lower = panel_or_none(table, 2 * index + 1);
         first = upper.cols == 0 ? lower.col : lower.cols == 0 ? upper.col : min(upper.col, lower.col);
         steps = ceil_div(max(upper.end(), lower.end()) - first, DEPTH);
 #endif
@@ -437,23 +421,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS + STORERS, 1)
 
 #elif defined(CONTRACT)
 
-// A quad of lanes holds four chunks of 16 bytes, lane t the word t of each; afterwards lane t holds chunk t. Its own inverse.
-__device__ __forceinline__ void turn(u32 (&words)[4]) {
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        u32 other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
-        words[i] = odd ? other : words[i];
-        words[i + 1] = odd ? words[i + 1] : other;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        u32 other = __shfl_xor_sync(0xffffffffu, high ? words[i] : words[i + 2], 2);
-        words[i] = high ? other : words[i];
-        words[i + 2] = high ? words[i + 2] : other;
-    }
-}
-
 __device__ __forceinline__ void store_chunk(Element* to, const u32 (&words)[4]) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
 }
@@ -602,79 +569,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + FILLERS, 1)
 
 constexpr int THREADS = CONSUMERS + 128;
 constexpr int WIDE_ROWS = WIDE_BOXES * PANEL_ROWS;
-// Floats of a tile's piece: results as the threads hold them, then the sums of wide values.
-constexpr int PIECE = WIDE_ROWS * BLOCK_COLS + WIDE_ROWS;
 // The wide values are summed by a product with eight columns of ones.
 constexpr int ONES_BYTES = 8 * 128;
 
-// What all threads of a block know of its work. The first `whole` tiles are whole; the others are cut into `parts` along the rows.
-struct Work {
-    const u32* table;
-    int tiles_at, tiles, whole, parts, steps, add;
-    float *out, *bias, *pieces;
-
-    __device__ __forceinline__ int cut() const {
-        return tiles - whole;
-    }
-
-    __device__ __forceinline__ int items() const {
-        return whole + cut() * parts;
-    }
-};
-
-// A tile, or a part of one: steps [first, end) of its rows. The parts of a tile are cut() pieces apart.
-struct Item {
-    int tile, first, end, piece;
-    bool whole;
-
-    __device__ __forceinline__ Item(const Work& work, int index) {
-        bool is_whole = index < work.whole;
-        piece = is_whole ? 0 : index - work.whole;
-        int part = is_whole ? 0 : piece / work.cut(), parts = is_whole ? 1 : work.parts;
-        tile = is_whole ? index : work.whole + piece % work.cut();
-        first = part * work.steps / parts;
-        end = (part + 1) * work.steps / parts;
-        whole = parts == 1;
-    }
-};
-
-struct OuterTile {
-    int panel, row, col;
-    bool adds;  // whether it is the one of its rows that sums the wide values
-
-    __device__ __forceinline__ OuterTile(const Work& work, int tile) {
-        const u32* words = work.table + work.tiles_at + 4 * tile;
-        panel = words[0], row = words[1], col = words[2], adds = words[3];
-    }
-};
-
-__device__ __forceinline__ float* piece_at(const Work& work, int piece) {
-    return work.pieces + (long long)piece * PIECE;
+// A thread's first row of a panel, and its first column of a group of 8.
+__device__ __forceinline__ int own_row() {
+    return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 }
 
-// Writes results of a panel to dP: those of the groups of 8 columns from `group` of the tile on.
-template <int Groups>
-__device__ __forceinline__ void write_results(const Work& work, const Panel& panel, int col, int group,
-                                              const float (&acc)[Groups][4]) {
-    int r = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4, begin = col + 8 * group + threadIdx.x % 4 * 2 - panel.col;
-#pragma unroll
-    for (int half = 0; half < 2; half++, r += 8) {
-        if (r >= panel.rows) continue;
-        const u32* range = work.table + work.table[6] + 2 * (panel.row + r);
-        int from = (int)range[0] - panel.col, to = (int)range[1] - panel.col;
-        float* line = work.out + panel.offset + r * panel.cols;
-#pragma unroll
-        for (int j = 0; j < Groups; j++) {
-            int c = begin + 8 * j;
-            if (c < 0 || c >= panel.cols) continue;
-            float2* at = reinterpret_cast<float2*>(line + c);
-            float2 old = work.add ? *at : make_float2(0.0f, 0.0f);
-            float2 sums;
-            sums.x = c >= from && c < to ? acc[j][2 * half] + old.x : 0.0f;
-            sums.y = c + 1 >= from && c + 1 < to ? acc[j][2 * half + 1] + old.y : 0.0f;
-            *at = sums;
-        }
-    }
+__device__ __forceinline__ int own_col() {
+    return threadIdx.x % 4 * 2;
 }
 
 // By one thread.
@@ -758,7 +662,7 @@ __device__ __forceinline__ void multiply_all(const Work& work, const Ring& ring,
 #pragma unroll
         for (int i = 0; i < PANELS; i++) {
             if (item.whole) {
-                write_results(work, panel_at(work.table, tile.panel + own + i), tile.col, 0, results.acc[i]);
+                write_results(work, panel_or_none(work.table, tile.panel + own + i), own_row(), tile.col + own_col(), results.acc[i]);
                 continue;
             }
 #pragma unroll
@@ -813,7 +717,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS)
         }
         if (adds) sum += piece[WIDE_ROWS * BLOCK_COLS + threadIdx.x];
     }
-    write_results(work, panel_at(table, tile.panel + threadIdx.x / 128 * PANELS + i), tile.col, group, acc);
+    Panel panel = panel_or_none(table, tile.panel + threadIdx.x / 128 * PANELS + i);
+    write_results(work, panel, own_row(), tile.col + 8 * group + own_col(), acc);
     if (adds) bias[column] = add ? bias[column] + sum : sum;
 }
 

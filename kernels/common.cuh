@@ -34,6 +34,11 @@ __device__ __forceinline__ void prefetch(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
+// Has the compiler keep a number in a register instead of computing it anew.
+__device__ __forceinline__ void keep(u32& x) {
+    asm volatile("" : "+r"(x));
+}
+
 // Closes a group of copies.
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -323,11 +328,15 @@ __device__ __forceinline__ float as_stored(float x) {
     }
 }
 
-// N neighbours as floats: one, or whole 16 bytes from an address aligned to as much.
+// N neighbours as floats: one, two floats, or whole 16 bytes from an address aligned to as much.
 template <int N, class T>
 __device__ __forceinline__ void load(float (&x)[N], const T* from) {
     if constexpr (N == 1) {
         x[0] = to_float(*from);
+    } else if constexpr (N * sizeof(T) == 8) {
+        static_assert(sizeof(T) == 4, "two floats");
+        float2 pair = *reinterpret_cast<const float2*>(from);
+        x[0] = pair.x, x[1] = pair.y;
     } else {
         constexpr int each = 16 / sizeof(T);
         static_assert(N % each == 0, "whole vectors");
@@ -353,6 +362,9 @@ template <int N, class T>
 __device__ __forceinline__ void store(T* to, const float (&x)[N]) {
     if constexpr (N == 1) {
         store_element(to, x[0]);
+    } else if constexpr (N * sizeof(T) == 8) {
+        static_assert(sizeof(T) == 4, "two floats");
+        *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
     } else {
         constexpr int each = 16 / sizeof(T);
         static_assert(N % each == 0, "whole vectors");
@@ -498,6 +510,20 @@ struct Across {
     int first;
     static constexpr bool ACROSS = true;
 };
+
+template <bool IsAcross, int Rows>
+struct AtOf {
+    typedef Along<Rows> Operand;
+};
+
+template <int Rows>
+struct AtOf<true, Rows> {
+    typedef Across<Rows> Operand;
+};
+
+// Either.
+template <bool IsAcross, int Rows>
+using At = typename AtOf<IsAcross, Rows>::Operand;
 
 #if WGMMA
 

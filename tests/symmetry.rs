@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What is no operation: a backend's machinery, what kernels share, and second ways to what `attention` and `band` do.
-const HELPERS: [&str; 21] = [
+const HELPERS: [&str; 23] = [
     "mod",
     "common",
     "matrix",
@@ -24,6 +24,8 @@ const HELPERS: [&str; 21] = [
     "compiler",
     "driver",
     "libraries",
+    "outer",
+    "panels",
     "product",
     "report",
     "tape",

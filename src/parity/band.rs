@@ -22,15 +22,18 @@ pub(super) fn cases<A: Backend, R: Backend>(suite: &mut Suite<'_, A, R>) -> Resu
             suite.check(&TrainingCase { rows, band: &band })?;
         }
     }
-    let band = Band::new(16, 64, 32)?;
-    suite.check(&ProductsCase { rows: 1100, band: &band })?;
+    // Many rows; whole tiles alone, deeper than what is on its way at a time.
+    for (rows, narrow, bandwidth) in [(1100, 16, 32), (256, 320, 960)] {
+        let band = Band::new(narrow, 4 * narrow, bandwidth)?;
+        suite.check(&ProductsCase { rows, band: &band })?;
+    }
     block_cases(suite)
 }
 
 /// (rows, N, W, pattern): one block and many, whole ones and parts, half of one at the end, more across than down.
 const PATTERNS: [(usize, usize, usize, &str); 9] = [
     (5, 7, 28, "random:0.5"),
-    (64, 128, 512, "random:0.6:5"),
+    (256, 128, 512, "random:0.6:5"),
     (70, 128, 512, "strided:0.5"),
     (70, 200, 800, "random:0.438:6"),
     (130, 192, 448, "random:0.9:7"),

@@ -191,6 +191,8 @@ __forceinline__ void copy_async(void* shared, const void* global, bool valid) { 
 
 __forceinline__ void prefetch(const void*) {}
 
+__forceinline__ void keep(unsigned&) {}
+
 __forceinline__ void copy_async_commit() { ++software_cuda_thread->group; }
 
 template <int Open> __forceinline__ void copy_async_wait() {

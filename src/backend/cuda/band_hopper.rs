@@ -1,8 +1,8 @@
 //! The band's three products on Hopper, `kernels/band_hopper.cu`: for bf16 whose rows start at 16-byte boundaries.
 
-use super::buffer::Element;
 use super::compiler::{Unit, Value};
 use super::driver::TensorMap;
+use super::outer::{self, Deal, Tiling};
 use super::{Cuda, args, unit};
 use crate::backend::{Arithmetic, Write};
 use crate::band::{Band, PANEL_ROWS, Panel};
@@ -52,72 +52,13 @@ impl OuterCut {
         Self { panels, cols, stages }
     }
 
-    /// Panels of a tile.
-    fn group(self) -> usize {
-        2 * self.panels
+    /// Whole boxes of both operands make a stage, of which a multiprocessor was seen to be brought 58 KB in a microsecond.
+    fn tiling(self) -> Tiling {
+        let group = 2 * self.panels;
+        let stage_bytes = (group + self.cols.div_ceil(BOX_COLS)) * DEPTH * TILE_ROW;
+        let rows = group * PANEL_ROWS;
+        Tiling { rows, cols: self.cols, depth: DEPTH, stage_bytes, stage_rate: 58_000, parts_each: 1 }
     }
-
-    /// Wide rows of a tile.
-    fn rows(self) -> usize {
-        self.group() * PANEL_ROWS
-    }
-
-    /// Bytes of a stage: whole boxes of both operands.
-    fn stage(self) -> usize {
-        (self.group() + self.cols.div_ceil(BOX_COLS)) * DEPTH * TILE_ROW
-    }
-
-    /// Floats of a piece: a tile's results and the sums of its wide values.
-    fn piece(self) -> usize {
-        self.rows() * self.cols + self.rows()
-    }
-
-    /// First panels, first rows, first columns, and whether a tile is the first of its rows: that one sums the wide values. All
-    /// rows have a tile, also those without a connection.
-    fn tiles(self, band: &Band) -> Vec<[u32; 4]> {
-        let mut tiles = Vec::new();
-        let mut rows = 0;
-        for (group, panels) in band.panels().chunks(self.group()).enumerate() {
-            let touched = panels.iter().filter(|panel| !panel.is_empty());
-            let first = touched.clone().map(|panel| panel.col_start).min().unwrap_or(0);
-            let end = touched.map(|panel| panel.col_start + panel.cols).max().unwrap_or(0);
-            let row = panels[0].row_start;
-            for empty in (rows..row).step_by(self.rows()) {
-                tiles.push([band.panels().len(), empty, 0, 1]);
-            }
-            for col in (first..end.max(first + 1)).step_by(self.cols) {
-                let is_first = col == first && row >= rows;
-                tiles.push([group * self.group(), row, col, usize::from(is_first)]);
-            }
-            rows = row + self.rows();
-        }
-        tiles.extend((rows..band.wide()).step_by(self.rows()).map(|empty| [band.panels().len(), empty, 0, 1]));
-        tiles.into_iter().map(|tile| tile.map(|word| word as u32)).collect()
-    }
-
-    /// How `tiles` tiles over `rows` rows of the batch are dealt out to `blocks` blocks, and about how many microseconds that
-    /// takes. The rates were measured on an H100: what a block's stages bring in, and pieces on their way to memory and back.
-    fn deal(self, tiles: usize, rows: usize, blocks: usize) -> (Deal, f64) {
-        const STAGE_BYTES_A_MICROSECOND: f64 = 58e3;
-        const PIECE_BYTES_A_MICROSECOND: f64 = 1.5e6;
-        const SUM_LAUNCH: f64 = 4.0;
-        let steps = rows.div_ceil(DEPTH);
-        let whole = tiles / blocks * blocks;
-        let cut = tiles - whole;
-        let parts = blocks.checked_div(cut).unwrap_or(1);
-        let most_steps = whole / blocks * steps + if cut > 0 { steps.div_ceil(parts) } else { 0 };
-        let fetching = (most_steps * self.stage()) as f64 / STAGE_BYTES_A_MICROSECOND;
-        let pieces = (4 * cut * parts * self.piece()) as f64 / PIECE_BYTES_A_MICROSECOND + SUM_LAUNCH;
-        (Deal { whole, cut, parts }, fetching + if parts > 1 { pieces } else { 0.0 })
-    }
-}
-
-/// Tiles that stay whole, tiles that are cut along the batch's rows, and into how many parts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Deal {
-    whole: usize,
-    cut: usize,
-    parts: usize,
 }
 
 /// Lists for these kernels, behind a band's other words: for each tile of narrow columns where its panels are listed, how
@@ -146,20 +87,12 @@ impl Lists {
         let blocks = band.blocks().is_some();
         let cuts = if blocks { &[OUTER_OF_BLOCKS][..] } else { &OUTER_CUTS };
         let listed = |&cut: &OuterCut| {
-            let (at, tiles) = (words.len(), cut.tiles(band));
+            let (at, tiles) = (words.len(), cut.tiling().tiles(band));
             words.extend(tiles.iter().flatten());
             (cut, at, tiles.len())
         };
         let outer = cuts.iter().map(listed).collect();
         Self { contract_at, outer, blocks }
-    }
-
-    /// The cut that is fastest for so many rows: it, where its tiles are, and how they are dealt out.
-    fn outer(&self, rows: usize, blocks: usize) -> (OuterCut, usize, Deal) {
-        let dealt = self.outer.iter().map(|&(cut, at, tiles)| (cut, at, cut.deal(tiles, rows, blocks)));
-        let fastest = dealt.min_by(|(.., (_, a)), (.., (_, b))| a.total_cmp(b));
-        let (cut, at, (deal, _)) = fastest.expect("there are cuts");
-        (cut, at, deal)
     }
 }
 
@@ -194,7 +127,7 @@ fn contract_shared() -> usize {
 
 /// Shared memory of outer: also the ones.
 fn outer_shared(cut: OuterCut) -> usize {
-    shared(cut.stages, cut.stage()) + ONES
+    shared(cut.stages, cut.tiling().stage_bytes) + ONES
 }
 
 fn product_unit(product: &'static str, stages: usize) -> Unit {
@@ -283,16 +216,14 @@ impl Cuda {
     ) -> Result<()> {
         const OP: &str = "band_outer";
         let blocks = self.card().multiprocessors;
-        let (cut, at, Deal { whole, cut: cut_tiles, parts }) = sides.lists.outer(sides.rows, blocks);
+        let (cut, at, deal) = outer::fastest(&sides.lists.outer, OuterCut::tiling, sides.rows, blocks);
+        let Deal { whole, cut: cut_tiles, parts } = deal;
         let tiles = whole + cut_tiles;
-        let pieces = match parts {
-            1 => 0,
-            _ => self.scratch("shares of a product", Element::F32, cut_tiles * parts * cut.piece())?,
-        };
+        let pieces = self.pieces(cut.tiling(), deal)?;
         let maps =
             vec![self.map(wide, sides.rows, sides.wide, DEPTH)?, self.map(narrow, sides.rows, sides.narrow, DEPTH)?];
         let (unit, threads) = (outer_unit(cut), CONSUMERS + OUTER_FILLERS);
-        let grid = [blocks.min(whole + cut_tiles * parts), 1, 1];
+        let grid = [blocks.min(deal.items()), 1, 1];
         let args = args![out, bias, pieces, sides.words, at, tiles, whole, parts, sides.rows, write];
         self.launch_with_maps(OP, &unit, OP, grid, threads, outer_shared(cut), maps, args);
         if parts > 1 {
@@ -304,9 +235,9 @@ impl Cuda {
     }
 }
 
-/// The most memory that the pieces of an outer product take, whatever the band: there are no more of them than blocks.
+/// The most memory that the pieces of an outer product take, whatever the band.
 pub(super) fn most_piece_bytes(multiprocessors: usize) -> usize {
-    let most = |cut: &OuterCut| 4 * multiprocessors * cut.piece();
+    let most = |cut: &OuterCut| cut.tiling().most_piece_bytes(multiprocessors);
     OUTER_CUTS.iter().chain([&OUTER_OF_BLOCKS]).map(most).max().unwrap_or(0)
 }
 
@@ -327,7 +258,6 @@ pub(super) fn units() -> Vec<(Unit, &'static str, usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::blocks::Blocks;
 
     #[test]
     fn panels_are_listed_by_the_halves_that_they_touch() {
@@ -348,56 +278,11 @@ mod tests {
     }
 
     #[test]
-    fn outer_tiles_cover_every_window_and_each_group_has_one_that_sums() {
-        for (narrow, wide, bandwidth) in [(512, 2048, 1024), (1024, 4096, 2048), (8, 4096, 1), (300, 1200, 257)] {
-            let band = Band::new(narrow, wide, bandwidth).unwrap();
-            for cut in OUTER_CUTS {
-                let tiles = cut.tiles(&band);
-                for (index, panel) in band.panels().iter().enumerate() {
-                    let group = (index / cut.group() * cut.group()) as u32;
-                    let own = tiles.iter().filter(|tile| tile[0] == group);
-                    let first = own.clone().map(|tile| tile[2] as usize).min().unwrap();
-                    let end = own.map(|tile| tile[2] as usize + cut.cols).max().unwrap();
-                    assert!(panel.is_empty() || first <= panel.col_start && end >= panel.col_start + panel.cols);
-                }
-                assert_eq!(summed(&tiles), (0..wide).step_by(cut.rows()).collect::<Vec<_>>());
-            }
-        }
-    }
-
-    /// The first rows of the tiles that sum.
-    fn summed(tiles: &[[u32; 4]]) -> Vec<usize> {
-        tiles.iter().filter(|tile| tile[3] == 1).map(|tile| tile[1] as usize).collect()
-    }
-
-    #[test]
-    fn each_block_has_a_tile_and_so_have_rows_without_blocks() {
-        let mut blocks = Blocks::none(256, 1024);
-        for (row, col) in [(1, 3), (1, 0), (4, 2)] {
-            blocks.keep(row, col);
-        }
-        let band = Band::of_blocks(256, 1024, blocks).unwrap();
-        let tiles = OUTER_OF_BLOCKS.tiles(&band);
-        assert_eq!(tiles.len(), 3 + 6);
-        assert_eq!(summed(&tiles), (0..1024).step_by(128).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn tiles_are_dealt_out_so_that_no_block_is_given_two_parts() {
-        for (tiles, rows) in [(1, 64), (44, 8192), (132, 8192), (133, 8192), (1000, 40)] {
-            for cut in OUTER_CUTS {
-                let (Deal { whole, cut, parts }, _) = cut.deal(tiles, rows, 132);
-                assert_eq!((whole + cut, whole % 132), (tiles, 0));
-                assert!(parts >= 1 && cut * parts <= 132);
-            }
-        }
-    }
-
-    #[test]
     fn cuts_follow_the_shape() {
         let cut = |narrow, bandwidth| {
             let band = Band::new(narrow, 4 * narrow, bandwidth).unwrap();
-            Lists::new(&band, &mut Vec::new()).outer(8192, 132).0.cols
+            let lists = Lists::new(&band, &mut Vec::new());
+            outer::fastest(&lists.outer, OuterCut::tiling, 8192, 132).0.cols
         };
         // As measured on an H100: 29 us, 68 us (the next best 75), 132 us (146), 104 us (122).
         assert_eq!([cut(512, 1024), cut(1024, 2048), cut(1600, 3200), cut(1600, 1600)], [96, 192, 160, 128]);

@@ -13,9 +13,10 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char};
 use std::sync::mpsc::{Receiver, channel};
 
-/// Every kernel file, by stem; the first stands before each of the others.
-const SOURCES: [(&str, &str); 12] = [
+/// Every kernel file, by stem; the first stands before each of the others, the second before those of bands.
+const SOURCES: [(&str, &str); 13] = [
     ("common", include_str!("../../../kernels/common.cuh")),
+    ("panels", include_str!("../../../kernels/panels.cuh")),
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
     ("attention_hopper", include_str!("../../../kernels/attention_hopper.cu")),
@@ -96,7 +97,8 @@ impl Unit {
     /// The whole text that is compiled.
     fn source(&self) -> String {
         let text = |stem| SOURCES.iter().find(|(name, _)| *name == stem).map_or("", |(_, text)| text);
-        format!("{}\n#line 1 \"{}.cu\"\n{}", text("common"), self.stem, text(self.stem))
+        let panels = if self.stem.starts_with("band") { text("panels") } else { "" };
+        format!("{}\n{panels}\n#line 1 \"{}.cu\"\n{}", text("common"), self.stem, text(self.stem))
     }
 
     fn options(&self, target: &Target) -> Vec<String> {

@@ -20,6 +20,7 @@ mod layernorm;
 mod libraries;
 mod linear;
 mod loss;
+mod outer;
 mod product;
 mod reduce;
 mod report;
@@ -357,8 +358,8 @@ impl Device for Cuda {
     fn scratch_bytes(&self, dims: HeadDims, sequence: SequenceDims) -> usize {
         let logits = self.chunk_rows(dims, self.element()) * dims.padded_vocab * self.element().bytes();
         let delta = 4 * sequence.rows() * sequence.heads;
-        let shares = band::most_share_bytes(dims.channels, dims.rows, self.card().multiprocessors);
-        logits + delta + shares + reduce::most_part_bytes(4 * dims.channels)
+        let pieces = band::most_piece_bytes(self.arithmetic, self.card().multiprocessors);
+        logits + delta + pieces + reduce::most_part_bytes(4 * dims.channels)
     }
 
     fn alloc(&mut self, role: Role, name: &str, len: usize) -> Result<Buffer> {
