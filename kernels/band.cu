@@ -269,44 +269,60 @@ __device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], char* shared
     copy_async_wait<0>();
 }
 
-// Has each thread `finish` neighbours of a row: finish(row, col, sums), all inside `rows` and `cols`.
-template <class Finish>
+// Neighbours in a row as they lie in memory.
+struct __align__(WIDTH * sizeof(Element)) Neighbours {
+    Element values[WIDTH];
+};
+
+// Has each thread `finish` neighbours of a row: finish(row, col, sums, old), all inside `rows` and `cols`, where old is what
+// bring(row, col) has read of them before, for many rows at once. Where all are inside (Inside) there are no branches.
+template <bool Inside, class Bring, class Finish>
 __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], int warp_row, int warp_col, int rows, int cols,
-                                               const Finish& finish) {
+                                               const Bring& bring, const Finish& finish) {
+    constexpr int CHUNKS = WIDTH == LANES ? 1 : 8 / WIDTH;
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    auto row_of = [&](int i, int half) { return warp_row + 16 * i + 8 * half + g; };
+    auto inside = [&](int row, int col) { return Inside || (row < rows && col < cols); };
 #pragma unroll
     for (int q = 0; q < NT / 4; q++) {
+        // Of 32 columns a thread finishes 8 in chunks: as neighbours, or, of floats, the two of each 8 that the products have left it.
+        auto col_of = [&](int chunk) { return warp_col + 32 * q + (CHUNKS == 1 ? 8 * t : chunk * WIDTH / 2 * 8 + 2 * t + chunk * WIDTH % 2); };
+        Neighbours old[MT][2][CHUNKS];
 #pragma unroll
         for (int i = 0; i < MT; i++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int row = warp_row + 16 * i + 8 * half + g, col = warp_col + 32 * q;
-#if PRECISION == 16 && ALIGNED
-                u32 even[4], odd[4];
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    even[j] = __float_as_uint(acc[i][4 * q + j][2 * half]);
-                    odd[j] = __float_as_uint(acc[i][4 * q + j][2 * half + 1]);
+                for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                    if (inside(row_of(i, half), col_of(chunk))) bring(row_of(i, half), col_of(chunk), old[i][half][chunk]);
                 }
-                turn(even);
-                turn(odd);
-                float sums[WIDTH];
+            }
+        }
 #pragma unroll
-                for (int j = 0; j < 4; j++) sums[2 * j] = __uint_as_float(even[j]), sums[2 * j + 1] = __uint_as_float(odd[j]);
-                if (row < rows && col + 8 * t < cols) finish(row, col + 8 * t, sums);
-#else
+        for (int i = 0; i < MT; i++) {
 #pragma unroll
-                for (int j = 0; j < 4; j++) {
+            for (int half = 0; half < 2; half++) {
+                float sums[CHUNKS][WIDTH];
+                if constexpr (CHUNKS == 1) {
+                    u32 even[4], odd[4];
 #pragma unroll
-                    for (int c = 0; c < 2; c += WIDTH) {
-                        float sums[WIDTH];
-#pragma unroll
-                        for (int lane = 0; lane < WIDTH; lane++) sums[lane] = acc[i][4 * q + j][2 * half + c + lane];
-                        int at = col + 8 * j + 2 * t + c;
-                        if (row < rows && at < cols) finish(row, at, sums);
+                    for (int j = 0; j < 4; j++) {
+                        even[j] = __float_as_uint(acc[i][4 * q + j][2 * half]);
+                        odd[j] = __float_as_uint(acc[i][4 * q + j][2 * half + 1]);
                     }
+                    turn(even);
+                    turn(odd);
+#pragma unroll
+                    for (int j = 0; j < 4; j++) sums[0][2 * j] = __uint_as_float(even[j]), sums[0][2 * j + 1] = __uint_as_float(odd[j]);
+                } else {
+#pragma unroll
+                    for (int c = 0; c < 8; c++) sums[c / WIDTH][c % WIDTH] = acc[i][4 * q + c / 2][2 * half + c % 2];
                 }
-#endif
+#pragma unroll
+                for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                    int row = row_of(i, half), col = col_of(chunk);
+                    if (inside(row, col)) finish(row, col, sums[chunk], old[i][half][chunk]);
+                }
             }
         }
     }
@@ -420,7 +436,7 @@ struct Expand {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    band_expand(Element* y, Element* pre, const Element* x, const Element* weights,
+    band_expand(Element* __restrict__ y, Element* __restrict__ pre, const Element* x, const Element* weights,
                 const float* __restrict__ bias, const u32* table, int rows) {
     SHARED_MEMORY(shared);
     int wide = table[1], groups = ceil_div(wide, BLOCK_COLS), index = blockIdx.x % groups;
@@ -439,23 +455,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     Expand product(shared, x, weights, table, rows, index, row0, warp_col);
     float acc[MT][NT][4];
     run_stages(acc, shared, product.steps, warp_row, warp_col, product);
-    finish_results(acc, warp_row, warp_col, rows - row0, wide - col0, [&](int r, int c, float(&sums)[WIDTH]) {
-        long long at = (long long)(row0 + r) * wide + col0 + c;
-        float others[WIDTH];
+    auto place = [&](int r, int c) { return (long long)(row0 + r) * wide + col0 + c; };
+    auto bring = [&](int r, int c, Neighbours& old) {
+        if (EPILOGUE == 2) old = *reinterpret_cast<const Neighbours*>(pre + place(r, c));
+    };
+    finish_results<WHOLE>(acc, warp_row, warp_col, rows - row0, wide - col0, bring,
+                          [&](int r, int c, float(&sums)[WIDTH], const Neighbours& old) {
+                              float others[WIDTH];
 #if EPILOGUE == 1
-        load(others, bias + col0 + c);
+                              load(others, bias + col0 + c);
 #pragma unroll
-        for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
-        store(pre + at, sums);
+                              for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
+                              store(pre + place(r, c), sums);
 #pragma unroll
-        for (int lane = 0; lane < WIDTH; lane++) sums[lane] = gelu(sums[lane]);
+                              for (int lane = 0; lane < WIDTH; lane++) sums[lane] = gelu(sums[lane]);
 #else
-        load(others, pre + at);
+                              load(others, old.values);
 #pragma unroll
-        for (int lane = 0; lane < WIDTH; lane++) sums[lane] *= gelu_derivative(others[lane]);
+                              for (int lane = 0; lane < WIDTH; lane++) sums[lane] *= gelu_derivative(others[lane]);
 #endif
-        store(y + at, sums);
-    });
+                              store(y + place(r, c), sums);
+                          });
 }
 
 #elif defined(CONTRACT)
@@ -536,15 +556,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     float acc[MT][NT][4];
     run_stages(acc, shared, product.steps, warp_row, warp_col, product);
 
-    finish_results(acc, warp_row, warp_col, rows - row0, narrow - col0, [&](int r, int c, float(&sums)[WIDTH]) {
-        if (bias != nullptr) {
-            float others[WIDTH];
-            load(others, bias + col0 + c);
+    finish_results<false>(acc, warp_row, warp_col, rows - row0, narrow - col0, [](int, int, Neighbours&) {},
+                          [&](int r, int c, float(&sums)[WIDTH], const Neighbours&) {
+                              if (bias != nullptr) {
+                                  float others[WIDTH];
+                                  load(others, bias + col0 + c);
 #pragma unroll
-            for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
-        }
-        store(y + (long long)(row0 + r) * narrow + col0 + c, sums);
-    });
+                                  for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
+                              }
+                              store(y + (long long)(row0 + r) * narrow + col0 + c, sums);
+                          });
 }
 
 #elif defined(OUTER)
