@@ -3,21 +3,23 @@
 //   band_expand     y[m, j] = sum over i in band(j) of x[m, i] P[j, i]; then, with EPILOGUE
 //                   1: pre = y + bias, y = gelu(pre)     2: y = y gelu'(pre)
 //   band_contract   y[m, i] = sum over j in band(i) of x[m, j] P[j, i] (+ bias[i], unless that is null)
-//   band_outer      dP[j, i] (+)= sum over m of wide[m, j] narrow[m, i] in the band, 0 in every other slot; with several
-//                   shares of m, each share's sums (unmasked) go to out + share * packed_len
-//   band_outer_sum  dP (+)= sum over shares, in order, in the band; 0 in every other slot
+//   band_outer      dP[j, i] (+)= sum over m of wide[m, j] narrow[m, i] in the band, 0 in every other slot; dbias[j] (+)= sum
+//                   over m of wide[m, j], unless that is null; tiles that several blocks share go to `pieces`
+//   band_outer_sum  the same from those pieces, added in order
 //
 // Shapes: x, y, pre, wide, narrow: [M, N] or [M, W]; bias [W] or [N]; P and dP packed as `Band::table` says. The table's
 //   lists (see src/backend/cuda/band.rs): for each tile of narrow columns the panels that touch it; the tiles of the outer
-//   product as (group of panels, first column). ALIGNED: N and W are multiples of LANES. BLOCKS: blocks of 128 wide rows x 64
+//   product as (first of its panels, first row, first column, whether it is the first of these rows). ALIGNED: N and W are multiples
+//   of LANES. WHOLE: besides, W is a multiple of 128 and M of a tile's rows of the batch. BLOCKS: blocks of 128 wide rows x 64
 //   columns stand in the band's place, two panels each; after the table then stand, for each 128 wide rows, their first block
 //   and, in the next word, the end of their blocks. To contract and outer these are panels like any other.
-// Dtypes: Element operands and results, float bias and dP, sums in float.
+// Dtypes: Element operands and results, float bias, dP and dbias, sums in float.
 // Grid: a block has BLOCK_ROWS x BLOCK_COLS results, a warp of it WARP_ROWS x WARP_COLS; STAGES tiles of DEPTH are on their
 //   way. expand: for each tile of rows the groups of BLOCK_COLS / 64 panels; contract: for each tile of rows the tiles of
-//   narrow columns; outer (rows of the block are wide ones): (its list, shares); outer_sum one block per wide row, with BLOCKS
-//   per row of a panel, 64 for each.
-// Determinism: every result is summed by one warp in order of the depth; shares are added in order.
+//   narrow columns; outer (rows of the block are wide ones): whole tiles, then the parts of the others (src/backend/cuda/outer.rs);
+//   outer_sum: (tiles that are cut, groups of a warp's columns, 16-row tiles of a warp).
+// Determinism: every piece is summed by one warp in order of the depth, and pieces are added in that order; of the wide values the
+//   warps of the same rows sum every other step, and these sums are added in the order of the warps.
 // Caller: src/backend/cuda/band.rs.
 
 constexpr int WARPS_DOWN = BLOCK_ROWS / WARP_ROWS;
@@ -26,6 +28,7 @@ constexpr int MT = WARP_ROWS / 16;
 constexpr int NT = WARP_COLS / 8;
 // Neighbours in a row that a thread finishes at a time.
 [[maybe_unused]] constexpr int WIDTH = !ALIGNED ? 1 : PRECISION == 16 ? LANES : 2;
+
 // The operands in a stage: the rows or columns of the block's results by the depth, along it or across.
 #if defined(OUTER)
 constexpr bool LEFT_ACROSS = true;
@@ -43,26 +46,6 @@ constexpr int STAGE_BYTES = LEFT_BYTES + Tile<RIGHT_ROWS>::bytes(RIGHT_ACROSS ? 
 // Parts that a stage is fetched in: a round of chunks is the least that all threads copy of the smallest piece.
 constexpr int SMALLEST = DEPTH * PANEL_ROWS / LANES / THREADS;
 constexpr int PARTS = PRECISION == 32 || SMALLEST < 2 ? 1 : SMALLEST < 4 ? 2 : 4;
-
-// `Count` (1 or 2) neighbouring panels; where there is no second it is empty.
-template <int Count>
-struct Group {
-    Panel upper, lower;
-    int first, end;  // the columns that any of them touches
-
-    __device__ __forceinline__ Group(const u32* table, int index) {
-        upper = panel_at(table, Count * index);
-        lower = Panel{upper.row + PANEL_ROWS, 0, 0, 0, 0};
-        if (Count == 2 && 2 * index + 1 < (int)table[2]) lower = panel_at(table, 2 * index + 1);
-        first = upper.cols == 0 ? lower.col : lower.cols == 0 ? upper.col : min(upper.col, lower.col);
-        end = max(upper.end(), lower.end());
-    }
-
-    // The panel that row (or column) `at` of the group's wide rows belongs to.
-    __device__ __forceinline__ Panel of(int at) const {
-        return Count == 1 || at < PANEL_ROWS ? upper : lower;
-    }
-};
 
 // Which halves of a warp's columns are multiplied.
 struct Covered {
@@ -195,7 +178,7 @@ __device__ __forceinline__ int before(int slot) {
 //   fetch(step, slot, part)  starts to copy a part of a stage, zeros beyond the last one; the last part closes a group of copies
 //   arrived(step, slot)      a stage is there
 //   tiles(step, k)           those that are multiplied at step k of the stage's depth
-//   also(fragments)          has another use of each step's operands
+//   also(fragments, at)      has another use of the operands of step `at` of a stage
 //   all(step)                whether those are all, so that there is nothing to ask between the products
 // While the operands of a step of the depth are multiplied the next ones come to registers, and copies start part by part; a stage's
 // place is free once its last operands have been read.
@@ -253,7 +236,7 @@ __device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], char* shared
                 product.fetch(step + STAGES, slot, 0);
             }
             multiply(fragments[at % 2], at * KSTEP);
-            product.also(fragments[at % 2]);
+            product.also(fragments[at % 2], at);
         }
         slot = after(slot);
     };
@@ -274,11 +257,12 @@ struct __align__(WIDTH * sizeof(Element)) Neighbours {
     Element values[WIDTH];
 };
 
-// Has each thread `finish` neighbours of a row: finish(row, col, sums, old), all inside `rows` and `cols`, where old is what
-// bring(row, col) has read of them before, for many rows at once. Where all are inside (Inside) there are no branches.
+// Has each thread `finish` neighbours of a row: finish(row, col, sums, bias, old), all inside `rows` and `cols`, where `bias` is of
+// their columns (zeros without one), and `old` what bring(row, col, old) has read of them before, for many rows at once. Where all
+// are inside (Inside) there are no branches.
 template <bool Inside, class Bring, class Finish>
 __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], int warp_row, int warp_col, int rows, int cols,
-                                               const Bring& bring, const Finish& finish) {
+                                               const float* bias, const Bring& bring, const Finish& finish) {
     constexpr int CHUNKS = WIDTH == LANES ? 1 : 8 / WIDTH;
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     auto row_of = [&](int i, int half) { return warp_row + 16 * i + 8 * half + g; };
@@ -287,6 +271,11 @@ __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], in
     for (int q = 0; q < NT / 4; q++) {
         // Of 32 columns a thread finishes 8 in chunks: as neighbours, or, of floats, the two of each 8 that the products have left it.
         auto col_of = [&](int chunk) { return warp_col + 32 * q + (CHUNKS == 1 ? 8 * t : chunk * WIDTH / 2 * 8 + 2 * t + chunk * WIDTH % 2); };
+        float beside[CHUNKS][WIDTH] = {};
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            if (bias != nullptr && (Inside || col_of(chunk) < cols)) load(beside[chunk], bias + col_of(chunk));
+        }
         Neighbours old[MT][2][CHUNKS];
 #pragma unroll
         for (int i = 0; i < MT; i++) {
@@ -321,7 +310,7 @@ __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], in
 #pragma unroll
                 for (int chunk = 0; chunk < CHUNKS; chunk++) {
                     int row = row_of(i, half), col = col_of(chunk);
-                    if (inside(row, col)) finish(row, col, sums[chunk], old[i][half][chunk]);
+                    if (inside(row, col)) finish(row, col, sums[chunk], beside[chunk], old[i][half][chunk]);
                 }
             }
         }
@@ -330,8 +319,7 @@ __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], in
 
 #if defined(EXPAND)
 
-constexpr int PANELS = BLOCK_COLS / PANEL_ROWS;
-static_assert(PANELS <= 2 && WARP_COLS % PANEL_ROWS == 0, "a warp has whole panels");
+static_assert(BLOCK_COLS == 2 * PANEL_ROWS && WARP_COLS % PANEL_ROWS == 0, "a block has two panels, a warp whole ones");
 
 struct Expand {
     char* shared;
@@ -344,13 +332,12 @@ struct Expand {
     int col;
     const Element *x_from, *upper_from, *lower_from;
     Panel upper, lower;
+    // The first block, or the first column that any of the panels touches.
+    int first;
 #if BLOCKS
     // Stages that a block of the pattern makes.
     static constexpr int PER_BLOCK = 64 / DEPTH;
-    static_assert(PANELS == 2, "a block has the rows of a block of the pattern");
-    int first;
 #else
-    int first;
     // The panels, upper and lower or the same, that the warp has.
     Panel own, own_lower;
 #endif
@@ -366,10 +353,11 @@ struct Expand {
         this->x = x_from;
         go(0);
 #else
-        Group<PANELS> group(table, index);
-        upper = group.upper, lower = group.lower, first = col = group.first;
-        steps = ceil_div(group.end - first, DEPTH);
-        own = group.of(warp_col), own_lower = group.of(warp_col + WARP_COLS - PANEL_ROWS);
+        upper = panel_or_none(table, 2 * index), lower = panel_or_none(table, 2 * index + 1);
+        first = col = upper.cols == 0 ? lower.col : lower.cols == 0 ? upper.col : min(upper.col, lower.col);
+        steps = ceil_div(max(upper.end(), lower.end()) - first, DEPTH);
+        own = warp_col < PANEL_ROWS ? upper : lower;
+        own_lower = warp_col + WARP_COLS <= PANEL_ROWS ? upper : lower;
         x_from += col;
         upper_from = from(upper), lower_from = from(lower);
 #endif
@@ -417,7 +405,7 @@ struct Expand {
     __device__ __forceinline__ void arrived(int, int) {}
 
 #if PRECISION != 32
-    __device__ __forceinline__ void also(const Fragments&) {}
+    __device__ __forceinline__ void also(const Fragments&, int) {}
 #endif
 
     __device__ __forceinline__ void fetch(int step, int slot, int part) {
@@ -425,10 +413,8 @@ struct Expand {
         char* stage = shared + slot;
         x_copies.copy(stage, part, x_from, narrow, rows, 0, more ? narrow - col : 0);
         p_copies.copy(stage, part, upper_from, upper.cols, upper.rows, upper.col - col, more ? upper.end() - col : upper.col - col);
-        if (PANELS == 2) {
-            p_copies.copy(stage + PANEL_ROWS * 128, part, lower_from, lower.cols, lower.rows, lower.col - col,
-                          more ? lower.end() - col : lower.col - col);
-        }
+        p_copies.copy(stage + PANEL_ROWS * 128, part, lower_from, lower.cols, lower.rows, lower.col - col,
+                      more ? lower.end() - col : lower.col - col);
         if (part < PARTS - 1) return;
         copy_async_commit();
         go(step + 1);
@@ -436,8 +422,8 @@ struct Expand {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    band_expand(Element* __restrict__ y, Element* __restrict__ pre, const Element* x, const Element* weights,
-                const float* __restrict__ bias, const u32* table, int rows) {
+    band_expand(Element* y, Element* pre, const Element* x, const Element* weights,
+                const float* bias, const u32* table, int rows) {
     SHARED_MEMORY(shared);
     int wide = table[1], groups = ceil_div(wide, BLOCK_COLS), index = blockIdx.x % groups;
     int row0 = blockIdx.x / groups * BLOCK_ROWS, col0 = index * BLOCK_COLS;
@@ -459,23 +445,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     auto bring = [&](int r, int c, Neighbours& old) {
         if (EPILOGUE == 2) old = *reinterpret_cast<const Neighbours*>(pre + place(r, c));
     };
-    finish_results<WHOLE>(acc, warp_row, warp_col, rows - row0, wide - col0, bring,
-                          [&](int r, int c, float(&sums)[WIDTH], const Neighbours& old) {
-                              float others[WIDTH];
+    const float* beside = EPILOGUE == 1 ? bias + col0 : nullptr;
+    auto finish = [&](int r, int c, float(&sums)[WIDTH], const float(&bias)[WIDTH], const Neighbours& old) {
 #if EPILOGUE == 1
-                              load(others, bias + col0 + c);
 #pragma unroll
-                              for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
-                              store(pre + place(r, c), sums);
+        for (int lane = 0; lane < WIDTH; lane++) sums[lane] += bias[lane];
+        store(pre + place(r, c), sums);
 #pragma unroll
-                              for (int lane = 0; lane < WIDTH; lane++) sums[lane] = gelu(sums[lane]);
+        for (int lane = 0; lane < WIDTH; lane++) sums[lane] = gelu(sums[lane]);
 #else
-                              load(others, old.values);
+        float others[WIDTH];
+        load(others, old.values);
 #pragma unroll
-                              for (int lane = 0; lane < WIDTH; lane++) sums[lane] *= gelu_derivative(others[lane]);
+        for (int lane = 0; lane < WIDTH; lane++) sums[lane] *= gelu_derivative(others[lane]);
 #endif
-                              store(y + place(r, c), sums);
-                          });
+        store(y + place(r, c), sums);
+    };
+    finish_results<WHOLE>(acc, warp_row, warp_col, rows - row0, wide - col0, beside, bring, finish);
 }
 
 #elif defined(CONTRACT)
@@ -529,7 +515,7 @@ struct Contract {
     }
 
 #if PRECISION != 32
-    __device__ __forceinline__ void also(const Fragments&) {}
+    __device__ __forceinline__ void also(const Fragments&, int) {}
 #endif
 
     __device__ __forceinline__ void fetch(int step, int slot, int part) {
@@ -545,7 +531,7 @@ struct Contract {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    band_contract(Element* y, const Element* x, const Element* weights, const float* __restrict__ bias, const u32* table,
+    band_contract(Element* y, const Element* x, const Element* weights, const float* bias, const u32* table,
                   int tiles_at, int rows) {
     SHARED_MEMORY(shared);
     __shared__ int2 windows[STAGES];
@@ -556,25 +542,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     float acc[MT][NT][4];
     run_stages(acc, shared, product.steps, warp_row, warp_col, product);
 
-    finish_results<false>(acc, warp_row, warp_col, rows - row0, narrow - col0, [](int, int, Neighbours&) {},
-                          [&](int r, int c, float(&sums)[WIDTH], const Neighbours&) {
-                              if (bias != nullptr) {
-                                  float others[WIDTH];
-                                  load(others, bias + col0 + c);
+    const float* beside = bias == nullptr ? nullptr : bias + col0;
+    auto finish = [&](int r, int c, float(&sums)[WIDTH], const float(&bias)[WIDTH], const Neighbours&) {
 #pragma unroll
-                                  for (int lane = 0; lane < WIDTH; lane++) sums[lane] += others[lane];
-                              }
-                              store(y + (long long)(row0 + r) * narrow + col0 + c, sums);
-                          });
+        for (int lane = 0; lane < WIDTH; lane++) sums[lane] += bias[lane];
+        store(y + (long long)(row0 + r) * narrow + col0 + c, sums);
+    };
+    finish_results<false>(acc, warp_row, warp_col, rows - row0, narrow - col0, beside, [](int, int, Neighbours&) {}, finish);
 }
 
 #elif defined(OUTER)
 
 static_assert(PANEL_ROWS % WARP_ROWS == 0, "a warp's rows lie in one panel");
 
-// Of a warp's 16-row tiles each of the warps beside it sums the wide values of as many.
-constexpr int WARPS_ACROSS = BLOCK_COLS / WARP_COLS;
-constexpr int SUMMED = (MT + WARPS_ACROSS - 1) / WARPS_ACROSS;
+[[maybe_unused]] constexpr int WARPS_ACROSS = BLOCK_COLS / WARP_COLS;
 
 struct Outer {
     char* shared;
@@ -585,44 +566,46 @@ struct Outer {
     // Of the stage to fetch next: where the thread's share lies, and the rows that are left.
     const Element *wide_from, *narrow_from;
     int left;
-    // Sums of wide values, as a product with ones; of the warp's 16-row tiles from `first_summed` on.
     bool adds;
-    int first_summed;
-    float sums[SUMMED][4];
+#if PRECISION == 32
+    float sum = 0.0f;
+#else
+    // Sums of wide values, as products with ones: of a warp's 16-row tile i in column i, for which only that column has ones. The
+    // warps beside each other, of the same rows, take the steps of the depth by turns.
+    float sums[4] = {};
+    u32 column;
+    int turn_of;
+#endif
 
     __device__ __forceinline__ Outer(char* shared, const Element* wide_values, const Element* narrow_values, const u32* table, int first,
                                      int rows, int row0, int col0, const Covered& own, bool adds, int warp_col)
         : shared(shared), wide(table[1]), narrow(table[0]), wide_cols(wide - row0), narrow_cols(narrow - col0),
-          steps(ceil_div(rows, DEPTH)), own(own), left(rows), adds(adds), first_summed(warp_col / WARP_COLS * SUMMED), sums{} {
+          steps(ceil_div(rows, DEPTH)), own(own), left(rows), adds(adds) {
         wide_from = wide_values + (long long)(first + wide_copies.row) * wide + row0 + wide_copies.col;
         narrow_from = narrow_values + (long long)(first + narrow_copies.row) * narrow + col0 + narrow_copies.col;
+#if PRECISION != 32
+        column = threadIdx.x % 32 / 4;
+        keep(column);
+        turn_of = adds ? warp_col / WARP_COLS : WARPS_ACROSS;
+#endif
     }
 
     __device__ __forceinline__ void arrived(int, int slot) {
 #if PRECISION == 32
         if (!adds || threadIdx.x >= BLOCK_ROWS) return;
         Tile<DEPTH> values{shared + slot};
-        for (int k = 0; k < DEPTH; k++) sums[0][0] += values.element(k, threadIdx.x);
+        for (int k = 0; k < DEPTH; k++) sum += values.element(k, threadIdx.x);
 #endif
     }
 
 #if PRECISION != 32
-    __device__ __forceinline__ void also(const Fragments& fragments) {
+    __device__ __forceinline__ void also(const Fragments& fragments, int step) {
         constexpr u32 ONES = PRECISION == 16 ? 0x3f803f80u : 0x3f800000u;
-        if (!adds) return;
+        if (step % WARPS_ACROSS != turn_of) return;
 #pragma unroll
-        for (int i = 0; i < SUMMED; i++) {
-            u32 a[4];
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                a[e] = fragments.a[i][e];
-#pragma unroll
-                for (int from = SUMMED; from < MT; from += SUMMED) {
-                    u32 other = fragments.a[from + i][e];
-                    a[e] = first_summed == from ? other : a[e];
-                }
-            }
-            mma(sums[i], a, ONES, ONES);
+        for (int i = 0; i < MT; i++) {
+            u32 ones = column == i ? ONES : 0;
+            mma(sums, fragments.a[i], ones, ones);
         }
     }
 #endif
@@ -646,29 +629,34 @@ struct Outer {
     }
 
     // Sums to dbias, or to the item's piece.
-    __device__ __forceinline__ void write_sum(const Work& work, const Item& item, const OuterTile& tile, int row, float sum) const {
-        int j = tile.row + row;
+    __device__ __forceinline__ void write_sums(const Work& work, const Item& item, const OuterTile& tile, int warp_row) {
+#if PRECISION != 32
+        static_assert(WARPS_ACROSS <= DEPTH / KSTEP && MT % 2 == 0, "each warp has its turn");
+        float* all = reinterpret_cast<float*>(shared);
+        int g = threadIdx.x % 32 / 4, i = threadIdx.x % 4 * 2;
+        __syncthreads();
+        if (i < MT) {
+            float* own_sums = all + turn_of * BLOCK_ROWS + warp_row + 16 * i + g;
+            own_sums[0] = sums[0], own_sums[8] = sums[2], own_sums[16] = sums[1], own_sums[24] = sums[3];
+        }
+        __syncthreads();
+#endif
+        int j = tile.row + threadIdx.x;
+        if (threadIdx.x >= BLOCK_ROWS) return;
+#if PRECISION != 32
+        float sum = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS_ACROSS; warp++) sum += all[warp * BLOCK_ROWS + threadIdx.x];
+#endif
         if (!item.whole) {
-            piece_at(work, item.piece)[BLOCK_ROWS * BLOCK_COLS + row] = sum;
+            piece_at(work, item.piece)[BLOCK_ROWS * BLOCK_COLS + threadIdx.x] = sum;
         } else if (j < wide) {
             work.bias[j] = work.add ? work.bias[j] + sum : sum;
         }
     }
-
-    __device__ __forceinline__ void write_sums(const Work& work, const Item& item, const OuterTile& tile, int warp_row) const {
-#if PRECISION == 32
-        if (threadIdx.x < BLOCK_ROWS) write_sum(work, item, tile, threadIdx.x, sums[0][0]);
-#else
-        if (threadIdx.x % 4 != 0 || first_summed >= MT) return;
-#pragma unroll
-        for (int i = 0; i < SUMMED; i++) {
-            int row = warp_row + 16 * (first_summed + i) + threadIdx.x % 32 / 4;
-            write_sum(work, item, tile, row, sums[i][0]);
-            write_sum(work, item, tile, row + 8, sums[i][2]);
-        }
-#endif
-    }
 };
+
+static_assert(THREADS >= BLOCK_ROWS, "a thread for each row's sum");
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     band_outer(float* out, float* bias, float* pieces, const Element* wide_values, const Element* narrow_values, const u32* table,
