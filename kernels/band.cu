@@ -585,7 +585,6 @@ struct Outer {
         narrow_from = narrow_values + (long long)(first + narrow_copies.row) * narrow + col0 + narrow_copies.col;
 #if PRECISION != 32
         column = threadIdx.x % 32 / 4;
-        keep(column);
         turn_of = adds ? warp_col / WARP_COLS : WARPS_ACROSS;
 #endif
     }

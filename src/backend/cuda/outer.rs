@@ -92,7 +92,7 @@ impl Tiling {
             stages + if deal.parts > 1 { pieces } else { 0.0 }
         };
         let most = (self.parts_each * multiprocessors).checked_div(cut).unwrap_or(1);
-        let deals = (1..=most.min(MAX_PARTS).max(1)).map(|parts| Deal { whole, cut, parts });
+        let deals = (1..=most.clamp(1, MAX_PARTS)).map(|parts| Deal { whole, cut, parts });
         let dealt = deals.map(|deal| (deal, cost(deal)));
         dealt.min_by(|(_, a), (_, b)| a.total_cmp(b)).expect("one part at least")
     }
