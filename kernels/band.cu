@@ -31,23 +31,26 @@ constexpr int NT = WARP_COLS / 8;
 
 // The operands in a stage: the rows or columns of the block's results by the depth, along it or across.
 #if defined(OUTER)
-constexpr bool LEFT_ACROSS = true;
+constexpr int LEFT_ROWS = DEPTH;
+typedef Across<LEFT_ROWS> Left;
 #else
-constexpr bool LEFT_ACROSS = false;
+constexpr int LEFT_ROWS = BLOCK_ROWS;
+typedef Along<LEFT_ROWS> Left;
 #endif
 #if defined(EXPAND)
-constexpr bool RIGHT_ACROSS = false;
+constexpr int RIGHT_ROWS = BLOCK_COLS;
+typedef Along<RIGHT_ROWS> Right;
 #else
-constexpr bool RIGHT_ACROSS = true;
+constexpr int RIGHT_ROWS = DEPTH;
+typedef Across<RIGHT_ROWS> Right;
 #endif
-constexpr int LEFT_ROWS = LEFT_ACROSS ? DEPTH : BLOCK_ROWS, RIGHT_ROWS = RIGHT_ACROSS ? DEPTH : BLOCK_COLS;
-constexpr int LEFT_BYTES = Tile<LEFT_ROWS>::bytes(LEFT_ACROSS ? BLOCK_ROWS : DEPTH);
-constexpr int STAGE_BYTES = LEFT_BYTES + Tile<RIGHT_ROWS>::bytes(RIGHT_ACROSS ? BLOCK_COLS : DEPTH);
+constexpr int LEFT_BYTES = Tile<LEFT_ROWS>::bytes(Left::ACROSS ? BLOCK_ROWS : DEPTH);
+constexpr int STAGE_BYTES = LEFT_BYTES + Tile<RIGHT_ROWS>::bytes(Right::ACROSS ? BLOCK_COLS : DEPTH);
 // Parts that a stage is fetched in: a round of chunks is the least that all threads copy of the smallest piece.
 constexpr int SMALLEST = DEPTH * PANEL_ROWS / LANES / THREADS;
 constexpr int PARTS = PRECISION == 32 || SMALLEST < 2 ? 1 : SMALLEST < 4 ? 2 : 4;
 
-// Which halves of a warp's columns are multiplied.
+// Which halves of a warp's columns are multiplied. (Tests between products of single tiles cost more than those products.)
 struct Covered {
     bool left, right;
 
@@ -67,7 +70,8 @@ __device__ __forceinline__ Covered covered(int first, int last, int col) {
 template <int Rows, int Cols, int TileRows, int Offset>
 struct Copies {
     static constexpr int CHUNKS = rounded_chunks(Cols), AT_ONCE = THREADS / CHUNKS, ROUNDS = Rows / AT_ONCE / PARTS;
-    static_assert(ROUNDS * AT_ONCE * PARTS == Rows && AT_ONCE % 8 == 0, "whole rounds of rows that are permuted alike");
+    static_assert(CHUNKS * LANES == Cols && ROUNDS * AT_ONCE * PARTS == Rows, "whole rounds of rows");
+    static_assert(AT_ONCE % 8 == 0, "a thread's rows are permuted alike");
     int row, col;
     u32 place;
 
@@ -80,7 +84,6 @@ struct Copies {
     // Starts to copy a part from `from`, where the thread's first chunk lies; zeros from row `rows` on and outside columns [begin, end).
     __device__ __forceinline__ void copy(char* stage, int part, const Element* from, long long stride, int rows, int begin,
                                          int end) const {
-        if (Cols % (CHUNKS * LANES) != 0 && col >= Cols) return;
 #pragma unroll ALIGNED ? ROUNDS : 1
         for (int r = 0; r < ROUNDS; r++) {
             int down = (part * ROUNDS + r) * AT_ONCE;
@@ -102,7 +105,7 @@ struct Copies {
 
 // An operand of the products, as a lane reads it: `lane` is the place in a stage of its part of the first 16 rows or columns at the
 // first step of the depth.
-template <bool Left, bool IsAcross, int Rows, int Offset>
+template <bool IsLeft, bool IsAcross, int Rows, int Offset>
 struct Operand {
     int first;
     u32 lane;
@@ -110,7 +113,7 @@ struct Operand {
     __device__ __forceinline__ Operand(int first) : first(first) {
         int l = threadIdx.x % 32;
         // Of four matrices of 8 rows or columns by 8 steps that are read at once, the next in the one direction and in the other.
-        int eight = Left ? l / 8 % 2 : l / 16, step = Left ? l / 16 : l / 8 % 2;
+        int eight = IsLeft ? l / 8 % 2 : l / 16, step = IsLeft ? l / 16 : l / 8 % 2;
         int at = first + l % 8 + eight * 8;
         Tile<Rows> tile{nullptr};
         lane = Offset + (u32)((IsAcross ? tile.at(l % 8 + step * 8, first + eight * 8) : tile.at(at, step * LANES)) - tile.base);
@@ -125,8 +128,11 @@ struct Operand {
             load_matrices_transposed(r, stage + (lane ^ (i % 4 * 32)) + i / 4 * Rows * 128 + 128 * k);
         } else {
             Across<Rows> operand{Tile<Rows>{stage + Offset}, first};
-            if constexpr (Left) load_left(r, operand, i, k);
-            else load_right(r, operand, i, k);
+            if constexpr (IsLeft) {
+                load_left(r, operand, i, k);
+            } else {
+                load_right(r, operand, i, k);
+            }
         }
         round_operand(r);
     }
@@ -136,8 +142,8 @@ struct Operand {
 struct Fragments {
     u32 a[MT][4], b[NT / 2][4];
 
-    template <class Left, class Right>
-    __device__ __forceinline__ void load(const Left& left, const Right& right, char* stage, int k) {
+    template <class LeftOperand, class RightOperand>
+    __device__ __forceinline__ void load(const LeftOperand& left, const RightOperand& right, char* stage, int k) {
 #pragma unroll
         for (int i = 0; i < MT; i++) left.load(a[i], stage, i, k);
 #pragma unroll
@@ -178,8 +184,8 @@ __device__ __forceinline__ int before(int slot) {
 //   fetch(step, slot, part)  starts to copy a part of a stage, zeros beyond the last one; the last part closes a group of copies
 //   arrived(step, slot)      a stage is there
 //   tiles(step, k)           those that are multiplied at step k of the stage's depth
-//   also(fragments, at)      has another use of the operands of step `at` of a stage
 //   all(step)                whether those are all, so that there is nothing to ask between the products
+//   also(fragments, at)      has another use of the operands of step `at` of a stage
 // While the operands of a step of the depth are multiplied the next ones come to registers, and copies start part by part; a stage's
 // place is free once its last operands have been read.
 template <class Product>
@@ -201,18 +207,17 @@ __device__ __forceinline__ void run_stages(float (&acc)[MT][NT][4], char* shared
         __syncthreads();
         product.arrived(step, slot);
         fetch_all(step + STAGES - 1, before(slot));
-        Tile<LEFT_ROWS> left{shared + slot};
-        Tile<RIGHT_ROWS> right{shared + slot + LEFT_BYTES};
+        Left left{{shared + slot}, warp_row};
+        Right right{{shared + slot + LEFT_BYTES}, warp_col};
         for (int k = 0; k < DEPTH; k += KSTEP) {
             Covered tiles = product.tiles(step, k);
-            multiply<MT, NT>(acc, At<LEFT_ACROSS, LEFT_ROWS>{left, warp_row}, At<RIGHT_ACROSS, RIGHT_ROWS>{right, warp_col}, k,
-                             tiles.left ? 0 : NT / 2, tiles.right ? NT : NT / 2);
+            multiply<MT, NT>(acc, left, right, k, tiles.left ? 0 : NT / 2, tiles.right ? NT : NT / 2);
         }
         slot = after(slot);
     }
 #else
-    Operand<true, LEFT_ACROSS, LEFT_ROWS, 0> left(warp_row);
-    Operand<false, RIGHT_ACROSS, RIGHT_ROWS, LEFT_BYTES> right(warp_col);
+    Operand<true, Left::ACROSS, LEFT_ROWS, 0> left(warp_row);
+    Operand<false, Right::ACROSS, RIGHT_ROWS, LEFT_BYTES> right(warp_col);
     copy_async_wait<STAGES - 2>();
     __syncthreads();
     product.arrived(0, 0);
@@ -270,7 +275,10 @@ __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], in
 #pragma unroll
     for (int q = 0; q < NT / 4; q++) {
         // Of 32 columns a thread finishes 8 in chunks: as neighbours, or, of floats, the two of each 8 that the products have left it.
-        auto col_of = [&](int chunk) { return warp_col + 32 * q + (CHUNKS == 1 ? 8 * t : chunk * WIDTH / 2 * 8 + 2 * t + chunk * WIDTH % 2); };
+        auto col_of = [&](int chunk) {
+            int first = CHUNKS == 1 ? 8 * t : chunk * WIDTH / 2 * 8 + 2 * t + chunk * WIDTH % 2;
+            return warp_col + 32 * q + first;
+        };
         float beside[CHUNKS][WIDTH] = {};
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
@@ -302,7 +310,10 @@ __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], in
                     turn(even);
                     turn(odd);
 #pragma unroll
-                    for (int j = 0; j < 4; j++) sums[0][2 * j] = __uint_as_float(even[j]), sums[0][2 * j + 1] = __uint_as_float(odd[j]);
+                    for (int j = 0; j < 4; j++) {
+                        sums[0][2 * j] = __uint_as_float(even[j]);
+                        sums[0][2 * j + 1] = __uint_as_float(odd[j]);
+                    }
                 } else {
 #pragma unroll
                     for (int c = 0; c < 8; c++) sums[c / WIDTH][c % WIDTH] = acc[i][4 * q + c / 2][2 * half + c % 2];

@@ -511,20 +511,6 @@ struct Across {
     static constexpr bool ACROSS = true;
 };
 
-template <bool IsAcross, int Rows>
-struct AtOf {
-    typedef Along<Rows> Operand;
-};
-
-template <int Rows>
-struct AtOf<true, Rows> {
-    typedef Across<Rows> Operand;
-};
-
-// Either.
-template <bool IsAcross, int Rows>
-using At = typename AtOf<IsAcross, Rows>::Operand;
-
 #if WGMMA
 
 // Where the next of a ring of stages lies, and in which phase of its barriers.
