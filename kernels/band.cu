@@ -332,6 +332,7 @@ __device__ __forceinline__ void finish_results(const float (&acc)[MT][NT][4], in
 
 static_assert(BLOCK_COLS == 2 * PANEL_ROWS && WARP_COLS % PANEL_ROWS == 0, "a block has two panels, a warp whole ones");
 
+// What run_stages needs of band_expand: x rows by the columns of two panels, along the narrow axis.
 struct Expand {
     char* shared;
     const Element *x, *weights;
@@ -361,7 +362,7 @@ struct Expand {
 #if BLOCKS
         const u32* blocks = table + table[7] + 2 * table[4] + index;
         first = blocks[0], steps = (blocks[1] - first) * PER_BLOCK;
-        this->x = x_from;
+        this->x = x_from;  // each stage has columns of its own
         go(0);
 #else
         upper = panel_or_none(table, 2 * index), lower = panel_or_none(table, 2 * index + 1);
@@ -477,6 +478,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 
 #elif defined(CONTRACT)
 
+// What run_stages needs of band_contract: x rows by a tile of narrow columns, along the wide rows of the panels that touch it.
 struct Contract {
     // Stages that a panel's rows make.
     static constexpr int PER_PANEL = PANEL_ROWS / DEPTH;
@@ -568,6 +570,7 @@ static_assert(PANEL_ROWS % WARP_ROWS == 0, "a warp's rows lie in one panel");
 
 [[maybe_unused]] constexpr int WARPS_ACROSS = BLOCK_COLS / WARP_COLS;
 
+// What run_stages needs of band_outer: a tile of wide rows by narrow columns, along the rows of the batch.
 struct Outer {
     char* shared;
     int wide, narrow, wide_cols, narrow_cols, steps;

@@ -4,6 +4,7 @@
 
 constexpr int PANEL_ROWS = 64;
 
+// Wide rows [row, row + rows) of narrow columns [col, end()), whose weights lie row by row from `offset` on (`Band::table`).
 struct Panel {
     int row, rows, col, cols, offset;
 
@@ -41,6 +42,7 @@ __device__ __forceinline__ void turn(u32 (&words)[4]) {
 
 #if defined(OUTER)
 
+// Wide rows of a tile: Hopper's have PANELS panels for each of two warpgroups.
 #if defined(PANELS)
 constexpr int TILE_ROWS = 2 * PANELS * PANEL_ROWS;
 #else
@@ -78,6 +80,7 @@ struct Item {
     }
 };
 
+// A tile by its first panel, wide row and narrow column.
 struct OuterTile {
     int panel, row, col;
     bool adds;  // whether it is the one of its rows that sums the wide values
