@@ -272,8 +272,10 @@ fn a_hub_that_states_no_checksum_is_reported() {
 #[test]
 fn hubs_that_do_not_answer_are_given_up_in_seconds() {
     let bench = Bench::new();
-    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let sentence = bench.refusal(&format!("http://{closed}"));
+    // The port of an open connection: nobody listens there, and no other test is given it meanwhile.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let connection = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let sentence = bench.refusal(&format!("http://{}", connection.local_addr().unwrap()));
     assert!(sentence.starts_with("cannot reach the hub at http://127.0.0.1"), "{sentence}");
     assert!(bench.refusal("ftp://127.0.0.1").starts_with("cannot reach the hub at ftp://127.0.0.1"));
     let sentence = bench.refusal(&TestHub::start(Manner::Silent).endpoint);
