@@ -1,6 +1,6 @@
 // What the kernels of a banded layer share: panels, and how the outer product's tiles are dealt out.
 //
-// The text of this file stands between common.cuh and those of band.cu and band_hopper.cu.
+// The text of this file stands behind that of matrix.cuh, before those of band.cu and band_hopper.cu.
 
 constexpr int PANEL_ROWS = 64;
 

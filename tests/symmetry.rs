@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What is no operation: a backend's machinery, what kernels share, and second ways to what `attention` and `band` do.
-const HELPERS: [&str; 23] = [
+const HELPERS: [&str; 22] = [
     "mod",
     "common",
     "matrix",
@@ -25,7 +25,6 @@ const HELPERS: [&str; 23] = [
     "driver",
     "libraries",
     "outer",
-    "panels",
     "product",
     "report",
     "tape",

@@ -37,7 +37,6 @@ impl Cut {
             (self.definition, 1usize.into()),
             ("STAGES", self.stages.into()),
             ("RESIDENT", self.resident.into()),
-            ("WGMMA", true.into()),
         ])
     }
 

@@ -72,7 +72,6 @@ impl Cut {
             ("STAGES", self.stages.into()),
             ("MIN_BLOCKS", self.blocks.into()),
             ("WHOLE", (fit == Fit::Whole).into()),
-            ("WGMMA", false.into()),
         ])
     }
 

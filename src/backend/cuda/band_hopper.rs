@@ -131,13 +131,8 @@ fn outer_shared(cut: OuterCut) -> usize {
 }
 
 fn product_unit(product: &'static str, stages: usize) -> Unit {
-    let sizes: [(&'static str, Value); 5] = [
-        (product, 1usize.into()),
-        ("BLOCK_ROWS", ROWS.into()),
-        ("BLOCK_COLS", COLS.into()),
-        ("STAGES", stages.into()),
-        ("WGMMA", true.into()),
-    ];
+    let sizes: [(&'static str, Value); 4] =
+        [(product, 1usize.into()), ("BLOCK_ROWS", ROWS.into()), ("BLOCK_COLS", COLS.into()), ("STAGES", stages.into())];
     unit("band_hopper", Arithmetic::Bf16, true).with(&sizes)
 }
 
@@ -150,12 +145,11 @@ fn expand_unit(epilogue: usize, blocks: bool) -> Unit {
 }
 
 fn outer_unit(cut: OuterCut) -> Unit {
-    let sizes: [(&'static str, Value); 5] = [
+    let sizes: [(&'static str, Value); 4] = [
         ("OUTER", 1usize.into()),
         ("PANELS", cut.panels.into()),
         ("BLOCK_COLS", cut.cols.into()),
         ("STAGES", cut.stages.into()),
-        ("WGMMA", true.into()),
     ];
     unit("band_hopper", Arithmetic::Bf16, true).with(&sizes)
 }

@@ -13,22 +13,37 @@ use std::collections::HashMap;
 use std::ffi::{CString, c_char};
 use std::sync::mpsc::{Receiver, channel};
 
-/// Every kernel file, by stem; the first stands before each of the others, the second before those of bands.
-const SOURCES: [(&str, &str); 13] = [
-    ("common", include_str!("../../../kernels/common.cuh")),
-    ("panels", include_str!("../../../kernels/panels.cuh")),
+/// Every kernel file, by stem.
+const SOURCES: [(&str, &str); 17] = [
     ("adamw", include_str!("../../../kernels/adamw.cu")),
     ("attention", include_str!("../../../kernels/attention.cu")),
     ("attention_hopper", include_str!("../../../kernels/attention_hopper.cu")),
     ("band", include_str!("../../../kernels/band.cu")),
     ("band_hopper", include_str!("../../../kernels/band_hopper.cu")),
+    ("common", include_str!("../../../kernels/common.cuh")),
     ("embed", include_str!("../../../kernels/embed.cu")),
     ("gelu", include_str!("../../../kernels/gelu.cu")),
+    ("hopper", include_str!("../../../kernels/hopper.cuh")),
     ("layernorm", include_str!("../../../kernels/layernorm.cu")),
     ("linear", include_str!("../../../kernels/linear.cu")),
     ("loss", include_str!("../../../kernels/loss.cu")),
+    ("matrix", include_str!("../../../kernels/matrix.cuh")),
+    ("panels", include_str!("../../../kernels/panels.cuh")),
     ("reduce", include_str!("../../../kernels/reduce.cu")),
+    ("ring", include_str!("../../../kernels/ring.cuh")),
+    ("stages", include_str!("../../../kernels/stages.cuh")),
 ];
+
+/// The files whose text stands before that of another, in this order.
+fn headers(stem: &str) -> &'static [&'static str] {
+    match stem {
+        "attention" => &["common", "matrix"],
+        "attention_hopper" => &["common", "matrix", "hopper"],
+        "band" => &["common", "matrix", "panels", "stages"],
+        "band_hopper" => &["common", "matrix", "hopper", "panels", "ring"],
+        _ => &["common"],
+    }
+}
 
 /// The architecture to compile for instead of the card's own: 89 compiles for compute_89 and lets the driver translate.
 const ARCHITECTURE_VARIABLE: &str = "BANDTRAIN_CUDA_ARCH";
@@ -97,8 +112,8 @@ impl Unit {
     /// The whole text that is compiled.
     fn source(&self) -> String {
         let text = |stem| SOURCES.iter().find(|(name, _)| *name == stem).map_or("", |(_, text)| text);
-        let panels = if self.stem.starts_with("band") { text("panels") } else { "" };
-        format!("{}\n{panels}\n#line 1 \"{}.cu\"\n{}", text("common"), self.stem, text(self.stem))
+        let headers: String = headers(self.stem).iter().map(|&stem| format!("{}\n", text(stem))).collect();
+        format!("{headers}#line 1 \"{}.cu\"\n{}", self.stem, text(self.stem))
     }
 
     fn options(&self, target: &Target) -> Vec<String> {
