@@ -1,4 +1,5 @@
-// What the kernels of a banded layer share: panels, and how the outer product's tiles are dealt out.
+// What the kernels of a banded layer share: panels, how results change lanes on their way out, and how the outer
+// product's tiles are dealt out.
 //
 // The text of this file stands behind that of matrix.cuh, before those of band.cu and band_hopper.cu.
 

@@ -14,9 +14,11 @@ const COORDINATES: usize = 10;
 /// an error of half a percent is none.
 const RESOLUTION: f64 = 5e-3;
 
+/// Inputs that are the same in each run.
 pub struct Random(ChaCha8Rng);
 
 impl Random {
+    /// Of a seed; each test has its own.
     pub fn new(seed: u64) -> Self {
         Self(ChaCha8Rng::seed_from_u64(seed))
     }
@@ -41,6 +43,7 @@ impl Random {
     }
 }
 
+/// A buffer that nothing has been written to.
 pub fn nan(len: usize) -> Vec<f32> {
     vec![f32::NAN; len]
 }
@@ -56,10 +59,12 @@ pub fn layout<const K: usize>(lengths: [usize; K]) -> ([Span; K], usize) {
     (spans, end)
 }
 
+/// The tolerance of a chain of sums of these lengths in f32.
 pub fn sums(lengths: &[usize]) -> Tolerance {
     Tolerance::of_sums(UNIT_F32, lengths.iter().copied())
 }
 
+/// The same values, exactly.
 pub fn f64s(values: &[f32]) -> Vec<f64> {
     values.iter().map(|&value| f64::from(value)).collect()
 }
@@ -84,7 +89,9 @@ pub fn equals(name: &str, actual: &[f32], expected: &[f64], tolerance: Tolerance
 
 /// An objective sum(forward(x) * r) whose outputs and gradient err by `tolerance`.
 pub struct Objective<'a, F> {
+    /// Outputs of inputs.
     pub forward: F,
+    /// What the gradient of the outputs is.
     pub r: &'a [f32],
     pub tolerance: Tolerance,
 }
@@ -145,6 +152,7 @@ pub fn written(name: &str, len: usize, owned: &[Span], terms: usize, run: impl F
     set
 }
 
+/// GELU in its tanh form.
 pub fn gelu_definition(x: f64) -> f64 {
     0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
 }
